@@ -1,0 +1,57 @@
+"""Tracking with MLflow for this Kedro project.
+
+Everything a project uses is named here and imported on first use, so that `kedro` commands
+that track nothing stay fast.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .config import ConfigError, MlflowConfig
+    from .datasets.artifacts import MlflowArtifactDataset
+    from .datasets.metrics import (
+        MlflowMetricDataset,
+        MlflowMetricHistoryDataset,
+        MlflowMetricsDataset,
+        MlflowMetricsHistoryDataset,
+    )
+    from .datasets.models import MlflowModelRegistryDataset, MlflowModelTrackingDataset
+    from .hooks import MlflowHook
+    from .resolvers import random_name
+
+_MODULES = {
+    "ConfigError": "config",
+    "MlflowConfig": "config",
+    "MlflowHook": "hooks",
+    "MlflowArtifactDataset": "datasets.artifacts",
+    "MlflowMetricDataset": "datasets.metrics",
+    "MlflowMetricHistoryDataset": "datasets.metrics",
+    "MlflowMetricsDataset": "datasets.metrics",
+    "MlflowMetricsHistoryDataset": "datasets.metrics",
+    "MlflowModelRegistryDataset": "datasets.models",
+    "MlflowModelTrackingDataset": "datasets.models",
+    "random_name": "resolvers",
+}
+
+__all__ = [
+    "ConfigError",
+    "MlflowArtifactDataset",
+    "MlflowConfig",
+    "MlflowHook",
+    "MlflowMetricDataset",
+    "MlflowMetricHistoryDataset",
+    "MlflowMetricsDataset",
+    "MlflowMetricsHistoryDataset",
+    "MlflowModelRegistryDataset",
+    "MlflowModelTrackingDataset",
+    "random_name",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_MODULES[name]}", __name__), name)

@@ -1,0 +1,107 @@
+"""Bind a run to the catalog of one Kedro run, so that whoever has the catalog has the run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from . import params, provenance, tracking
+from .config import ConfigError, MlflowConfig
+from .datasets.tracked import TrackedDataset
+
+if TYPE_CHECKING:
+    from kedro.framework.context import KedroContext
+    from kedro.io import DataCatalog
+    from kedro.pipeline import Pipeline
+
+# The entry of the catalog that holds the handle. Kedro builds a catalog for each run and hands
+# it, pickled, to every worker.
+RUN_ENTRY = "mlflow:run"
+
+
+def run_of(catalog: DataCatalog) -> tracking.RunHandle | None:
+    """Give the run that a catalog is bound to, or None when its pipeline isn't tracked."""
+    # Not `in catalog`: there a pattern such as "{default}" matches every name.
+    if RUN_ENTRY not in list(catalog):
+        return None
+    run: tracking.RunHandle = catalog[RUN_ENTRY].load()
+    return run
+
+
+def track(
+    context: KedroContext,
+    run_params: dict[str, Any],
+    pipeline: Pipeline,
+    catalog: DataCatalog,
+) -> None:
+    """Open the run of a pipeline and bind it to the catalog and its Mlflow datasets.
+
+    Raises:
+        ConfigError: When a parameter is too long and `long_params_strategy` is `fail`.
+    """
+    config: MlflowConfig = context.mlflow  # type: ignore[attr-defined]
+    names = provenance.pipeline_names(run_params)
+    server = tracking.Server(
+        config.server.mlflow_tracking_uri or "", config.server.mlflow_registry_uri or ""
+    )
+    run = None
+    if not set(names) <= set(config.tracking.disable_tracking.pipelines):
+        logged, tags = _parameters(config, pipeline, catalog)
+        run = tracking.start(
+            server,
+            config.tracking.experiment,
+            name=config.tracking.run.name or "+".join(names),
+            continued=config.tracking.run.id,
+            params=logged,
+            tags={**_tags(config, context, run_params), **tags},
+        )
+        catalog[RUN_ENTRY] = run
+
+    for name in pipeline.datasets():
+        dataset = catalog.get(name) if name in catalog else None
+        # CachedDataset keeps the dataset that it caches under this name.
+        for candidate in (dataset, getattr(dataset, "_dataset", None)):
+            if isinstance(candidate, TrackedDataset):
+                candidate.bind(server, run, name)
+
+
+def _parameters(
+    config: MlflowConfig, pipeline: Pipeline, catalog: DataCatalog
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Read the parameters that the pipeline uses, ready to log, and those that become tags."""
+    inputs = {name for node in pipeline.nodes for name in node.inputs}
+    values = params.select(
+        {
+            name: catalog[name].load()
+            for name in sorted(inputs)
+            if name == "parameters" or name.startswith("params:")
+            if name in catalog
+        }
+    )
+    options = config.tracking.params
+    values = {
+        name: params.redact(value, config.tracking.redact, name) for name, value in values.items()
+    }
+    if options.dict_params.flatten:
+        values = params.flatten(
+            values, recursive=options.dict_params.recursive, sep=options.dict_params.sep
+        )
+    texts = {name: str(value) for name, value in params.rename(values).items()}
+    try:
+        return params.split_long(
+            texts, limit=tracking.parameter_limit(), strategy=options.long_params_strategy
+        )
+    except ValueError as error:
+        raise ConfigError(
+            f"Parameters are {error}. Set tracking.params.long_params_strategy in mlflow.yml to "
+            "'truncate' or 'tag', or tracking.params.dict_params.flatten to true."
+        ) from error
+
+
+def _tags(
+    config: MlflowConfig, context: KedroContext, run_params: dict[str, Any]
+) -> dict[str, str]:
+    shown = params.redact(run_params, config.tracking.redact)
+    return {
+        **provenance.run_tags(shown),
+        **provenance.source_tags(context.project_path, context._package_name),
+    }

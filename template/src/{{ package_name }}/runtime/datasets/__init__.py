@@ -1,0 +1,1 @@
+"""Artifacts, metrics and models as Kedro datasets."""

@@ -1,0 +1,55 @@
+"""What the Mlflow datasets share: the run that they log to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kedro.io import AbstractDataset, DatasetError
+
+from ..tracking import RunHandle, Server, attach
+
+
+class TrackedDataset(AbstractDataset[Any, Any]):
+    """A dataset that logs to a run: that of the Kedro run whose catalog it is in.
+
+    Outside a Kedro run it logs to the run that is open in MLflow. A `run_id` of its own goes
+    before both.
+    """
+
+    run_id: str | None = None
+    metadata: dict[str, Any] | None = None
+
+    _name: str = ""
+    _server: Server | None = None
+    _run: RunHandle | None = None
+
+    def bind(self, server: Server, run: RunHandle | None, name: str) -> None:
+        """Tie the dataset to a Kedro run.
+
+        Args:
+            server: Where the project's runs and models are.
+            run: The run to log to; None when the pipeline's tracking is disabled.
+            name: The dataset's name in the catalog.
+        """
+        self._server, self._run, self._name = server, run, name.partition("@")[0]
+
+    @property
+    def _is_tracked(self) -> bool:
+        """Whether to log at all: not in a Kedro run whose tracking is disabled."""
+        return self._server is None or self._run is not None
+
+    def _resolve_run(self) -> RunHandle:
+        if self._run and self.run_id in (None, self._run.run_id):
+            return self._run
+        run = attach(self._server, self.run_id)
+        if run is None:
+            raise DatasetError(
+                f"{type(self).__name__} has no run to use: run it in a pipeline that is tracked, "
+                "give it a `run_id`, or open a run with `mlflow.start_run()`."
+            )
+        return run
+
+    def _use_server(self) -> None:
+        """Point `mlflow.…` at the project's server, for what is read without a run."""
+        if self._server:
+            self._server.use()

@@ -1,0 +1,140 @@
+"""Say where a run comes from: the command that repeats it, git, user and host. No MLflow here."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import re
+import shlex
+import socket
+import subprocess
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+# `run_params` entries that are lists, with the option of `kedro run` that gives each.
+_LIST_OPTIONS = {
+    "pipeline_names": "--pipelines",
+    "node_names": "--nodes",
+    "from_nodes": "--from-nodes",
+    "to_nodes": "--to-nodes",
+    "from_inputs": "--from-inputs",
+    "to_outputs": "--to-outputs",
+    "tags": "--tags",
+    "namespaces": "--namespaces",
+}
+
+_INSTANCE = re.compile(r"<(?P<type>[\w.]+) object at 0x[0-9a-fA-F]+>")
+
+
+def pipeline_names(run_params: Mapping[str, Any]) -> list[str]:
+    """Name the pipelines of a run; Kedro 1.0 and 1.1 pass one name, later versions a list."""
+    names = run_params.get("pipeline_names") or run_params.get("pipeline_name")
+    if not names:
+        return ["__default__"]
+    return [names] if isinstance(names, str) else list(names)
+
+
+def runner_name(run_params: Mapping[str, Any]) -> str:
+    """Name the runner as `kedro run --runner` takes it; Kedro passes the `str()` of the object."""
+    name = str(run_params.get("runner"))
+    if name == "None":
+        return "SequentialRunner"
+    if found := _INSTANCE.fullmatch(name):
+        name = found["type"]
+    # Kedro's own runners go by their class name, any other by its import path.
+    return name.rpartition(".")[2] if name.startswith("kedro.runner.") else name
+
+
+def kedro_command(run_params: Mapping[str, Any]) -> str:
+    """Write the `kedro run …` that repeats a run, quoted for a POSIX shell."""
+    words = ["kedro", "run"]
+    if env := run_params.get("env"):
+        words.append(f"--env={env}")
+    lists = {**run_params, "pipeline_names": pipeline_names(run_params)}
+    for entry, option in _LIST_OPTIONS.items():
+        values = lists.get(entry)
+        if values and values != ["__default__"]:
+            words.append(f"{option}={','.join(values)}")
+    if versions := run_params.get("load_versions"):
+        words.append("--load-versions=" + ",".join(f"{k}:{v}" for k, v in versions.items()))
+    if params := run_params.get("runtime_params") or run_params.get("extra_params"):
+        words.append("--params=" + ",".join(f"{k}={v}" for k, v in _leaves(params)))
+    if (runner := runner_name(run_params)) != "SequentialRunner":
+        words.append(f"--runner={runner}")
+    if run_params.get("only_missing_outputs"):
+        words.append("--only-missing-outputs")
+    return shlex.join(words)
+
+
+def _leaves(params: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
+    for key, value in params.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value if isinstance(value, str) else json.dumps(value)
+
+
+def run_tags(run_params: Mapping[str, Any]) -> dict[str, str]:
+    """Make one tag of each non-empty entry of Kedro's `run_params`, and the command."""
+    tags = {key: _as_text(value) for key, value in run_params.items() if value}
+    return {
+        **tags,
+        "runner": runner_name(run_params),
+        "kedro_command": kedro_command(run_params),
+    }
+
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, Mapping):
+        return json.dumps(value, default=str)
+    if isinstance(value, list | tuple | set | frozenset):
+        return ",".join(map(str, value))
+    return str(value)
+
+
+def source_tags(project_path: Path, package_name: str) -> dict[str, str]:
+    """Describe the project and who runs it, under the names that MLflow's pages read."""
+    return {
+        "mlflow.user": _user(),
+        "mlflow.source.name": package_name,
+        "mlflow.source.type": "LOCAL",
+        "host": socket.gethostname(),
+        **git_tags(project_path),
+    }
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):  # a container may run as a user id without a name
+        return "unknown"
+
+
+def git_tags(project_path: Path) -> dict[str, str]:
+    """Read commit, branch and whether anything is uncommitted, with one call of git.
+
+    Gives nothing where the project is not in a git repository, or git is not installed.
+    """
+    try:
+        status = subprocess.run(
+            ["git", "status", "--porcelain=v2", "--branch"],
+            cwd=project_path,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.splitlines()
+    except (OSError, subprocess.CalledProcessError):
+        return {}
+    headers = {
+        key: value
+        for key, _, value in (line[2:].partition(" ") for line in status if line[0] == "#")
+    }
+    tags = {"mlflow.source.git.dirty": str(len(headers) < len(status)).lower()}
+    if (commit := headers.get("branch.oid", "(initial)")) != "(initial)":
+        tags["mlflow.source.git.commit"] = commit
+    if (branch := headers.get("branch.head", "(detached)")) != "(detached)":
+        tags["mlflow.source.git.branch"] = branch
+    return tags

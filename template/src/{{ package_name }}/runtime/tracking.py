@@ -1,0 +1,451 @@
+"""The run handle: start or attach to an MLflow run, log to it, end it.
+
+The only code that changes a run. MLflow is imported inside functions, so that importing this
+module costs nothing.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import threading
+import time
+import traceback
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from mlflow import ActiveRun, MlflowClient
+    from mlflow.entities import Experiment, Metric, Run
+
+    from .config import ExperimentOptions
+
+logger = logging.getLogger(__name__)
+
+# A point waits at most this long, in seconds, for others to share its request with.
+FLUSH_AFTER = 1.0
+
+
+@dataclass(frozen=True)
+class Server:
+    """Where runs (`tracking_uri`) and registered models (`registry_uri`) are kept."""
+
+    tracking_uri: str
+    registry_uri: str
+
+    @property
+    def client(self) -> MlflowClient:
+        """The MLflow client for this server."""
+        return _client(self.tracking_uri, self.registry_uri)
+
+    def use(self) -> None:
+        """Point `mlflow.…` in this process at this server, without a request.
+
+        The environment stays as it is: another project in this process must not take this
+        project's server for one that the user has chosen.
+        """
+        import mlflow
+
+        if mlflow.get_tracking_uri() != self.tracking_uri:
+            before = os.environ.get("MLFLOW_TRACKING_URI")
+            mlflow.set_tracking_uri(self.tracking_uri)
+            os.environ.pop("MLFLOW_TRACKING_URI", None)
+            if before is not None:
+                os.environ["MLFLOW_TRACKING_URI"] = before
+        if mlflow.get_registry_uri() != self.registry_uri:
+            mlflow.set_registry_uri(self.registry_uri)
+
+
+@lru_cache
+def _client(tracking_uri: str, registry_uri: str) -> MlflowClient:
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri, registry_uri)
+
+
+class Point(NamedTuple):
+    """One value of a metric; `timestamp` is in milliseconds since 1970."""
+
+    key: str
+    value: float
+    step: int = 0
+    timestamp: int | None = None
+
+
+@dataclass(frozen=True)
+class RunHandle:
+    """A run, named by strings alone: it pickles, and logs to the same run from any process.
+
+    `attached` marks a run that somebody else opened and will end. `fresh` marks one that was
+    made for this Kedro run, so that nothing can have been logged to it before.
+    """
+
+    server: Server
+    run_id: str
+    experiment_id: str
+    artifact_uri: str
+    name: str = ""
+    attached: bool = False
+    fresh: bool = False
+
+    def log_params(self, params: Mapping[str, str]) -> None:
+        """Log parameters, at most 100 a request (MLflow's limit)."""
+        from mlflow.entities import Param
+
+        self.server.client.log_batch(self.run_id, params=[Param(k, v) for k, v in params.items()])
+
+    def log_metrics(self, points: Iterable[Point]) -> None:
+        """Log points of metrics, at most 1,000 a request (MLflow's limit).
+
+        In the process that started the run they are gathered and sent within a second, or by
+        `flush`; a worker sends them at once, because nothing tells it when it will end.
+        """
+        outbox = _outbox(self)
+        outbox.add(points)
+        if not _is_ours(self):
+            outbox.flush()
+
+    def metric_history(self, key: str) -> list[Metric]:
+        """Read all points of a metric, ordered by time, then by step."""
+        self.flush()
+        history = self.server.client.get_metric_history(self.run_id, key)
+        return sorted(history, key=lambda metric: (metric.timestamp, metric.step))
+
+    def metric_keys(self) -> list[str]:
+        """Name the metrics that the run has."""
+        self.flush()
+        return list(self.server.client.get_run(self.run_id).data.metrics)
+
+    def last_step(self, key: str) -> int | None:
+        """Tell the highest step of a metric, asking the server only about what it can't know."""
+        outbox = _outbox(self)
+        if key not in outbox.last_steps and not (self.fresh and _is_ours(self)):
+            steps = [metric.step for metric in self.metric_history(key)]
+            if steps:
+                outbox.last_steps[key] = max(steps)
+        return outbox.last_steps.get(key)
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Set tags, each cut to what MLflow takes."""
+        from mlflow.entities import RunTag
+
+        self.server.client.log_batch(
+            self.run_id, tags=[RunTag(k, v) for k, v in _fitting(tags).items()]
+        )
+
+    def log_artifact(self, path: str | Path, artifact_path: str | None = None) -> None:
+        """Copy a local file, or a folder with all that is in it, to the run's artifacts."""
+        self.server.client.log_artifact(self.run_id, str(path), artifact_path)
+
+    def log_text(self, text: str, artifact_file: str) -> None:
+        """Write a text to the run's artifacts."""
+        self.server.client.log_text(self.run_id, text, artifact_file)
+
+    def flush(self) -> None:
+        """Send every point that waits in this process."""
+        _outbox(self).flush()
+
+    def enter(self) -> None:
+        """Make this MLflow's active run in this thread, without a request."""
+        from mlflow.tracking import fluent
+
+        self.server.use()
+        # Runs that the user's code nests in this one belong to the same experiment.
+        fluent._active_experiment_id = self.experiment_id  # type: ignore[assignment]
+        fluent._active_run_stack.get().append(_active_run(self))
+
+    def leave(self) -> None:
+        """Take back what `enter` did; a run that was opened since and left open is ended."""
+        from mlflow.tracking import fluent
+
+        stack = fluent._active_run_stack.get()
+        if not any(run.info.run_id == self.run_id for run in stack):
+            return  # the user's code has called mlflow.end_run()
+        while stack[-1].info.run_id != self.run_id:
+            fluent.end_run()
+        stack.pop()
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Hold the run as MLflow's active run in this thread."""
+        self.enter()
+        try:
+            yield
+        finally:
+            self.leave()
+
+    def finish(self, status: str) -> None:
+        """Send what waits and end the run as FINISHED, FAILED or KILLED.
+
+        A run that was attached to is left open for its owner.
+        """
+        self.flush()
+        _forget(self)
+        if self.attached:
+            return
+        self.server.client.set_terminated(self.run_id, status)
+        logger.info("MLflow run '%s' (%s) %s", self.name, self.run_id, status)
+
+    def report_error(self, error: BaseException, node: str | None = None) -> None:
+        """Say in tags and in the artifact `traceback.txt` why the run fails."""
+        lines = traceback.format_exception(type(error), error, error.__traceback__)
+        tags = {"kedro_error": f"{type(error).__name__}: {error}"}
+        if node:
+            tags["kedro_failed_node"] = node
+        self.set_tags(tags)
+        self.log_text("".join(lines), "traceback.txt")
+
+
+class _Outbox:
+    """The points of one run that this process has taken and not sent yet."""
+
+    def __init__(self, run: RunHandle) -> None:
+        self.last_steps: dict[str, int] = {}
+        self._run = run
+        self._points: list[Metric] = []
+        self._timer: threading.Timer | None = None
+        self._lock = threading.Lock()
+        self._sending = threading.Lock()  # held over a request, so that order is kept
+
+    def add(self, points: Iterable[Point]) -> None:
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        with self._lock:
+            for key, value, step, timestamp in points:
+                self._points.append(
+                    Metric(key, value, now if timestamp is None else timestamp, step)
+                )
+                self.last_steps[key] = max(step, self.last_steps.get(key, step))
+            if self._points and self._timer is None:
+                self._timer = threading.Timer(FLUSH_AFTER, self._flush_in_background)
+                self._timer.daemon = True
+                self._timer.start()
+
+    def flush(self) -> None:
+        with self._sending:
+            with self._lock:
+                points, self._points = self._points, []
+                if self._timer is not None:
+                    self._timer.cancel()
+                    self._timer = None
+            if not points:
+                return
+            try:
+                self._run.server.client.log_batch(self._run.run_id, metrics=points)
+            except BaseException:
+                with self._lock:
+                    self._points[:0] = points
+                raise
+
+    def _flush_in_background(self) -> None:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self.flush()
+        except MlflowException as error:
+            # The points are kept: the next flush sends them, or fails in the user's sight.
+            logger.warning("Metrics could not be sent yet: %s", error)
+
+
+# What this process holds of runs, by process id and run id: a forked worker inherits the
+# dictionaries, and must neither send the parent's points again nor end its runs.
+_outboxes: dict[tuple[int, str], _Outbox] = {}
+_started: dict[tuple[int, str], RunHandle] = {}
+
+
+def _outbox(run: RunHandle) -> _Outbox:
+    return _outboxes.setdefault((os.getpid(), run.run_id), _Outbox(run))
+
+
+def _is_ours(run: RunHandle) -> bool:
+    return (os.getpid(), run.run_id) in _started
+
+
+def _forget(run: RunHandle) -> None:
+    _outboxes.pop((os.getpid(), run.run_id), None)
+    _started.pop((os.getpid(), run.run_id), None)
+
+
+@atexit.register
+def _kill_unfinished() -> None:
+    """End the runs whose pipeline was interrupted; Kedro tells hooks only of an `Exception`."""
+    for (pid, _), run in list(_started.items()):
+        if pid == os.getpid():
+            run.finish("KILLED")
+
+
+def start(
+    server: Server,
+    experiment: ExperimentOptions,
+    *,
+    name: str,
+    continued: str | None,
+    params: Mapping[str, str],
+    tags: Mapping[str, str],
+) -> RunHandle:
+    """Open the run of a pipeline with all its parameters and tags.
+
+    That is the run already active in this thread, the one that `MLFLOW_RUN_ID` names (both are
+    left to their owners to end), the one that `continued` names, or a new one.
+    """
+    import mlflow
+
+    run: Run
+    if active := mlflow.active_run():
+        run, how = active, {"attached": True}
+        server = Server(mlflow.get_tracking_uri(), mlflow.get_registry_uri())
+    else:
+        _prepare(server, experiment)
+        server.use()
+        if given := os.environ.get("MLFLOW_RUN_ID"):
+            run, how = server.client.get_run(given), {"attached": True}
+        elif continued:
+            server.client.update_run(continued, status="RUNNING")
+            run, how = server.client.get_run(continued), {}
+        else:
+            run = server.client.create_run(
+                _experiment_id(server, experiment), tags=_fitting(tags), run_name=name
+            )
+            how = {"fresh": True}
+
+    handle = RunHandle(
+        server=server,
+        run_id=run.info.run_id,
+        experiment_id=run.info.experiment_id,
+        artifact_uri=run.info.artifact_uri or "",
+        name=run.info.run_name or name,
+        **how,
+    )
+    _started[os.getpid(), handle.run_id] = handle
+    try:
+        if not handle.fresh:
+            handle.set_tags(tags)
+        handle.log_params(params)
+    except BaseException:
+        handle.finish("FAILED")
+        raise
+    logger.info(
+        "MLflow run '%s' (%s) %s on %s",
+        handle.name,
+        handle.run_id,
+        "attached to" if handle.attached else "started",
+        server.tracking_uri,
+    )
+    return handle
+
+
+def attach(server: Server | None = None, run_id: str | None = None) -> RunHandle | None:
+    """Make a handle for a run by its id, or for MLflow's active run; without a request."""
+    import mlflow
+
+    server = server or Server(mlflow.get_tracking_uri(), mlflow.get_registry_uri())
+    if run_id:
+        return RunHandle(server, run_id, experiment_id="", artifact_uri="", attached=True)
+    if run := mlflow.active_run():
+        return RunHandle(
+            server,
+            run.info.run_id,
+            experiment_id=run.info.experiment_id,
+            artifact_uri=run.info.artifact_uri or "",
+            attached=True,
+        )
+    return None
+
+
+def parameter_limit() -> int:
+    """Tell how many characters a parameter's value may have, from MLflow."""
+    from mlflow.utils.validation import MAX_PARAM_VAL_LENGTH
+
+    return MAX_PARAM_VAL_LENGTH
+
+
+def _fitting(tags: Mapping[str, str]) -> dict[str, str]:
+    from mlflow.utils.validation import MAX_TAG_VAL_LENGTH
+
+    return {
+        key: value if len(value) <= MAX_TAG_VAL_LENGTH else f"{value[: MAX_TAG_VAL_LENGTH - 1]}…"
+        for key, value in tags.items()
+    }
+
+
+def _active_run(run: RunHandle) -> ActiveRun:
+    """Build MLflow's own object for a run from the handle, which saves the request for it."""
+    from mlflow import ActiveRun
+    from mlflow.entities import LifecycleStage, Run, RunData, RunInfo, RunStatus
+
+    info = RunInfo(
+        run_id=run.run_id,
+        experiment_id=run.experiment_id,
+        user_id="",
+        status=RunStatus.to_string(RunStatus.RUNNING),
+        start_time=0,
+        end_time=None,
+        lifecycle_stage=LifecycleStage.ACTIVE,
+        artifact_uri=run.artifact_uri,
+        run_name=run.name,
+    )
+    return ActiveRun(Run(info, RunData()))
+
+
+def _prepare(server: Server, experiment: ExperimentOptions) -> None:
+    """Create the tables of an embedded store that doesn't have them yet.
+
+    MLflow does this on first use too, but without the lock that two processes need which start
+    at once.
+    """
+    if not server.tracking_uri.startswith("sqlite:"):
+        return
+    from mlflow.store.db import utils as db
+    from mlflow.tracking._tracking_service.utils import _get_store
+
+    engine = db.create_sqlalchemy_engine_with_retry(server.tracking_uri)
+    is_new = not db._all_tables_exist(engine)
+    if is_new:
+        logger.info("Creating the embedded MLflow store %s", server.tracking_uri)
+        with _quiet("alembic"):  # one line for each of some forty migrations
+            db._safe_initialize_tables(engine)
+    engine.dispose()
+    if is_new:
+        # MLflow adds its experiment "Default" now: let its artifacts go where the others go.
+        _get_store(server.tracking_uri, experiment.create_experiment_kwargs.artifact_location)
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    noisy = logging.getLogger(name)
+    before = noisy.level
+    noisy.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        noisy.setLevel(before)
+
+
+def _experiment_id(server: Server, options: ExperimentOptions) -> str:
+    from mlflow.exceptions import MlflowException
+
+    name = options.name or "Default"
+    found: Experiment | None = server.client.get_experiment_by_name(name)
+    if found is None:
+        try:
+            return server.client.create_experiment(
+                name,
+                artifact_location=options.create_experiment_kwargs.artifact_location,
+                tags=options.create_experiment_kwargs.tags,
+            )
+        except MlflowException as error:
+            # Another process has made it since.
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+            found = server.client.get_experiment_by_name(name)
+            if found is None:
+                raise
+    if found.lifecycle_stage == "deleted" and options.restore_if_deleted:
+        server.client.restore_experiment(found.experiment_id)
+    return found.experiment_id
