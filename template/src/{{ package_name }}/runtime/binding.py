@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from kedro.framework import project
 
 from . import params, provenance, tracking
 from .config import ConfigError, MlflowConfig
@@ -13,18 +16,42 @@ if TYPE_CHECKING:
     from kedro.io import DataCatalog
     from kedro.pipeline import Pipeline
 
-# The entry of the catalog that holds the handle. Kedro builds a catalog for each run and hands
+# The entry of the catalog that holds the binding. Kedro builds a catalog for each run and hands
 # it, pickled, to every worker.
-RUN_ENTRY = "mlflow:run"
+ENTRY = "mlflow:run"
+
+
+@dataclass(frozen=True)
+class Binding:
+    """What the catalog carries: the run, and the package of the project whose run it is."""
+
+    run: tracking.RunHandle
+    package_name: str
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _arrive, (self.run, self.package_name)
+
+
+def _arrive(run: tracking.RunHandle, package_name: str) -> Binding:
+    """Unpickle a binding; in a worker that has no settings, take those of the binding's project.
+
+    Kedro's tasks register `settings.HOOKS` in every worker, but in one that was not forked the
+    settings are empty, and no hook would be called around the nodes. Kedro's own attempt to
+    configure the project there (`kedro.runner.task`) needs a package name that isn't set, and
+    must not find one: it fails at the second task of a worker.
+    """
+    if project.PACKAGE_NAME is None and not project.settings.HOOKS:
+        project.settings.configure(f"{package_name}.settings")
+    return Binding(run, package_name)
 
 
 def run_of(catalog: DataCatalog) -> tracking.RunHandle | None:
     """Give the run that a catalog is bound to, or None when its pipeline isn't tracked."""
     # Not `in catalog`: there a pattern such as "{default}" matches every name.
-    if RUN_ENTRY not in list(catalog):
+    if ENTRY not in list(catalog):
         return None
-    run: tracking.RunHandle = catalog[RUN_ENTRY].load()
-    return run
+    binding: Binding = catalog[ENTRY].load()
+    return binding.run
 
 
 def track(
@@ -54,7 +81,7 @@ def track(
             params=logged,
             tags={**_tags(config, context, run_params), **tags},
         )
-        catalog[RUN_ENTRY] = run
+        catalog[ENTRY] = Binding(run, context._package_name)
 
     for name in pipeline.datasets():
         dataset = catalog.get(name) if name in catalog else None

@@ -137,7 +137,9 @@ def load_config(context: KedroContext) -> MlflowConfig:
         context.project_path,
     )
     experiment = config.tracking.experiment
-    location = experiment.create_experiment_kwargs.artifact_location or _artifact_folder(tracking_uri)
+    location = experiment.create_experiment_kwargs.artifact_location or _artifact_folder(
+        tracking_uri
+    )
 
     return config.model_copy(
         update={

@@ -67,6 +67,9 @@ def evaluate(classifier: Pipeline, test: pd.DataFrame) -> tuple[float, dict[str,
     ConfusionMatrixDisplay.from_predictions(truth, predicted, ax=figure.subplots(), colorbar=False)
     return (
         float(accuracy_score(truth, predicted)),
-        {f"f1_{species}": float(f1) for species, f1 in zip(classifier.classes_, scores, strict=True)},
+        {
+            f"f1_{species}": float(f1)
+            for species, f1 in zip(classifier.classes_, scores, strict=True)
+        },
         figure,
     )

@@ -1,0 +1,92 @@
+"""What is done in this repository: `nox -l` lists it."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2025.5.1"
+nox.options.default_venv_backend = "uv"
+nox.options.reuse_venv = "yes"
+nox.options.sessions = ["lint", "tests"]
+
+HERE = Path(__file__).parent
+ENV = {
+    "DO_NOT_TRACK": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    # Bytecode is worth keeping: without it each `kedro` takes seconds to compile MLflow.
+    "PYTHONDONTWRITEBYTECODE": "",
+}
+
+
+def install(session: nox.Session, group: str) -> None:
+    """Install a dependency group of pyproject.toml into the session's environment."""
+    session.env.update(ENV)
+    project = nox.project.load_toml("pyproject.toml")
+    session.install(*nox.project.dependency_groups(project, group))
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style and types, here and in generated projects."""
+    install(session, "lint")
+    session.run("ruff", "check")
+    session.run("ruff", "format", "--check")
+    session.run("mypy")
+    for example in ("true", "false"):
+        with tempfile.TemporaryDirectory() as folder:
+            project = Path(folder, "my_project")
+            generate(session, project, f"example={example}")
+            with session.chdir(project):
+                session.run("ruff", "check", ".")
+                session.run("ruff", "format", "--check", ".")
+                session.run("mypy")
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Test the runtime and the template; arguments go to pytest."""
+    install(session, "tests")
+    session.run("pytest", *(session.posargs or ["--numprocesses=auto"]))
+
+
+@nox.session(default=False)
+def e2e(session: nox.Session) -> None:
+    """Generate, install, run, test and update whole projects; arguments go to pytest."""
+    install(session, "e2e")
+    session.run("pytest", "tests/e2e", *(session.posargs or ["--numprocesses=auto"]))
+
+
+@nox.session(default=False)
+def demo(session: nox.Session) -> None:
+    """Generate the example into FOLDER, run it and show the run: `nox -s demo [-- FOLDER]`."""
+    if session.posargs:
+        project = Path(session.invoked_from, session.posargs[0])
+    else:
+        project = Path(tempfile.mkdtemp(prefix="km-template-"), "penguins")
+    if project.exists() and any(project.iterdir()):
+        session.error(f"{project} is not empty: name a new folder.")
+    install(session, "template")
+    generate(session, project)
+    # The project gets an environment of its own, not the session's.
+    own = {
+        "VIRTUAL_ENV": None,
+        "UV_PROJECT_ENVIRONMENT": None,
+        # Kedro has not caught up with a renamed function of OmegaConf.
+        "PYTHONWARNINGS": "ignore::UserWarning:kedro.config.omegaconf_config",
+    }
+    with session.chdir(project):
+        session.run("uv", "sync", "--quiet", env=own, external=True)
+        session.run("uv", "run", "kedro", "run", env=own, external=True)
+        show = str(HERE / "demo" / "show_run.py")
+        session.run("uv", "run", "python", show, env=own, external=True)
+
+
+def generate(session: nox.Session, project: Path, *answers: str) -> None:
+    """Generate a project from this checkout, with what isn't committed yet."""
+    data = [f"--data={answer}" for answer in answers]
+    session.run(
+        "copier", "copy", "--quiet", "--defaults", "--vcs-ref=HEAD", *data, ".", str(project)
+    )

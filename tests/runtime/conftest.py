@@ -1,0 +1,142 @@
+"""Real Kedro projects on disk, with real MLflow stores."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+import yaml
+from kedro.framework.session import KedroSession
+from kedro.framework.startup import bootstrap_project
+from mlflow import MlflowClient
+from mlflow.entities import Run
+from mlflow.tracking import fluent
+
+from .servers import CountingProxy, mlflow_server
+
+_numbers = itertools.count()
+
+
+@dataclass
+class Project:
+    """A generated project without the example, to fill and run."""
+
+    path: Path
+    package: str
+    tracking_uri: str = ""
+    _written: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.tracking_uri = self.tracking_uri or f"sqlite:///{self.path.as_posix()}/mlflow.db"
+
+    def write(self, file: str, text: str) -> None:
+        path = self.path / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(textwrap.dedent(text).replace("PACKAGE", self.package), encoding="utf-8")
+
+    def pipeline(self, code: str, name: str = "work") -> None:
+        """Write a pipeline: a module with its nodes and `create_pipeline`."""
+        self.write(f"src/{self.package}/pipelines/{name}/__init__.py", code)
+
+    def catalog(self, text: str) -> None:
+        self.write("conf/base/catalog.yml", text)
+
+    def parameters(self, values: dict[str, Any]) -> None:
+        self.write("conf/base/parameters.yml", yaml.safe_dump(values))
+
+    def mlflow_yml(self, text: str, env: str = "local") -> None:
+        self.write(f"conf/{env}/mlflow.yml", text)
+
+    def run(
+        self, *, env: str | None = None, params: dict[str, Any] | None = None, **how: Any
+    ) -> Any:
+        """Run in this process, as `kedro run` does."""
+        bootstrap_project(self.path)
+        with KedroSession.create(project_path=self.path, env=env, runtime_params=params) as session:
+            return session.run(**how)
+
+    def kedro(self, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
+        """Run `kedro …` in a process of its own."""
+        return subprocess.run(
+            [sys.executable, "-m", "kedro", *words],
+            cwd=self.path,
+            env={**os.environ, "COLUMNS": "200", **env},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+
+    @property
+    def client(self) -> MlflowClient:
+        return MlflowClient(self.tracking_uri)
+
+    def all_runs(self) -> list[Run]:
+        """Every run of every experiment, the newest first."""
+        client = self.client
+        experiments = [e.experiment_id for e in client.search_experiments()]
+        return list(client.search_runs(experiments))
+
+    def only_run(self) -> Run:
+        """The one run that there has to be."""
+        (run,) = self.all_runs()
+        return run
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SQLite store with its tables, to copy: making one takes seconds."""
+    file = tmp_path_factory.mktemp("store") / "mlflow.db"
+    MlflowClient(f"sqlite:///{file.as_posix()}").search_experiments()
+    return file
+
+
+@pytest.fixture
+def new_project(
+    tmp_path: Path, generate: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., Project]]:
+    """Make projects whose store doesn't exist yet; leaves no trace of them in this process."""
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))
+    packages = []
+
+    def make(**answers: object) -> Project:
+        package = f"project_{os.getpid()}_{next(_numbers)}"
+        packages.append(package)
+        generate(tmp_path / package, package_name=package, **{"example": False, **answers})
+        shutil.rmtree(tmp_path / package / "src" / package / "pipelines" / "first")
+        return Project(tmp_path / package, package)
+
+    yield make
+    for module in list(sys.modules):
+        if module.partition(".")[0] in packages:
+            del sys.modules[module]
+    fluent._active_run_stack.set([])
+    fluent._active_experiment_id = None
+    mlflow.set_tracking_uri(None)  # type: ignore[arg-type]
+    mlflow.set_registry_uri(None)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def project(new_project: Callable[..., Project], empty_store: Path) -> Project:
+    """A project without pipelines, with an empty store."""
+    project = new_project()
+    shutil.copy(empty_store, project.path)
+    return project
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CountingProxy]:
+    """An MLflow server behind a proxy that counts requests."""
+    with mlflow_server(tmp_path_factory.mktemp("server")) as port, CountingProxy(port) as proxy:
+        yield proxy

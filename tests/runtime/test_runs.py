@@ -1,0 +1,330 @@
+"""One Kedro run is one MLflow run."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import mlflow
+import pytest
+
+from runtime.tracking import RunHandle, Server
+
+from .conftest import Project
+from .servers import CountingProxy
+
+ONE_NODE = """
+from kedro.pipeline import Node, Pipeline
+
+def double(x):
+    return 2 * x
+
+def create_pipeline():
+    return Pipeline([Node(double, "params:x", "y", name="double")])
+"""
+
+FAILING = """
+from kedro.pipeline import Node, Pipeline
+
+def fail():
+    raise ValueError("no penguins")
+
+def create_pipeline():
+    return Pipeline([Node(fail, None, "y", name="hatch")])
+"""
+
+# Twelve nodes that log in every way there is; each file, key and run is a node's own.
+BUSY = """
+import mlflow
+from kedro.pipeline import Node, Pipeline
+
+COUNT = 12
+
+def make(number):
+    mlflow.log_metric(f"fluent_{number}", number)
+    mlflow.log_param(f"fluent_{number}", number)
+    mlflow.log_text("hello", f"fluent_{number}.txt")
+    with mlflow.start_run(nested=True, run_name=f"child_{number}"):
+        mlflow.log_metric("inner", number)
+    return float(number), [0.5, 0.25], f"text {number}"
+
+def create_pipeline():
+    return Pipeline([
+        Node(make, f"params:n{i}", [f"m{i}_metric", f"h{i}_history", f"t{i}_text"], name=f"node{i}")
+        for i in range(COUNT)
+    ])
+"""
+
+BUSY_CATALOG = """
+"{name}_metric":
+  type: PACKAGE.runtime.MlflowMetricDataset
+"{name}_history":
+  type: PACKAGE.runtime.MlflowMetricHistoryDataset
+"{name}_text":
+  type: PACKAGE.runtime.MlflowArtifactDataset
+  dataset:
+    type: text.TextDataset
+    filepath: data/08_reporting/{name}.txt
+"""
+
+
+def test_a_run_has_name_parameters_tags_status_and_times(project: Project) -> None:
+    project.pipeline(ONE_NODE)
+    project.parameters({"x": 3, "unused": 4})
+
+    project.run(pipeline_names=["work"], tags=None, params={"x": 5})
+
+    run = project.only_run()
+    assert run.info.run_name == "work"
+    assert run.info.status == "FINISHED"
+    assert run.info.end_time >= run.info.start_time > 0
+    assert run.data.params == {"x": "5"}
+    tags = run.data.tags
+    assert tags["kedro_command"] == "kedro run --pipelines=work --params=x=5"
+    assert tags["pipeline_names"] == "work"
+    assert tags["runtime_params"] == '{"x": 5}'
+    assert tags["runner"] == "SequentialRunner"
+    assert tags["mlflow.source.name"] == project.package
+    assert {"kedro_version", "project_path", "mlflow.user", "host"} <= tags.keys()
+
+
+def test_the_first_run_makes_the_store_and_the_experiment_in_the_project(
+    new_project: Callable[..., Project], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = new_project()
+    project.pipeline(ONE_NODE)
+    project.parameters({"x": 1})
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+
+    project.run()
+
+    assert list(elsewhere.iterdir()) == []
+    assert (project.path / "mlflow.db").exists()
+    experiments = {e.name: e for e in project.client.search_experiments()}
+    assert experiments.keys() == {project.package, "Default"}  # MLflow makes the latter itself
+    for experiment in experiments.values():
+        assert experiment.artifact_location.startswith((project.path / "mlartifacts").as_uri())
+    assert project.only_run().info.status == "FINISHED"
+
+
+def test_two_runs_in_one_process_are_two_runs(project: Project) -> None:
+    project.pipeline(ONE_NODE)
+    project.parameters({"x": 1})
+
+    project.run()
+    project.run(params={"x": 2})
+
+    assert [run.data.params["x"] for run in project.all_runs()] == ["2", "1"]
+
+
+def test_a_failing_node_leaves_a_failed_run_that_says_why(project: Project) -> None:
+    project.pipeline(FAILING)
+
+    with pytest.raises(ValueError, match="no penguins"):
+        project.run()
+
+    run = project.only_run()
+    assert run.info.status == "FAILED"
+    assert run.data.tags["kedro_error"] == "ValueError: no penguins"
+    assert run.data.tags["kedro_failed_node"] == "hatch"
+    traceback = project.client.download_artifacts(run.info.run_id, "traceback.txt")
+    assert 'raise ValueError("no penguins")' in Path(traceback).read_text()
+    assert mlflow.active_run() is None
+
+
+def test_a_failing_node_ends_kedro_run_with_status_1(project: Project) -> None:
+    project.pipeline(FAILING)
+
+    assert project.kedro("run").returncode == 1
+    assert project.only_run().info.status == "FAILED"
+
+
+def test_an_interrupted_run_is_killed(project: Project, tmp_path: Path) -> None:
+    fifo = tmp_path / "running"
+    os.mkfifo(fifo)
+    project.pipeline(
+        f"""
+        import threading
+        from kedro.pipeline import Node, Pipeline
+
+        def wait():
+            open({str(fifo)!r}, "w").close()
+            threading.Event().wait()
+
+        def create_pipeline():
+            return Pipeline([Node(wait, None, "y")])
+        """
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-m", "kedro", "run"], cwd=project.path, stderr=subprocess.DEVNULL
+    )
+    with fifo.open():  # opened once the node runs
+        process.send_signal(signal.SIGINT)
+
+    assert process.wait(60) != 0
+    assert project.only_run().info.status == "KILLED"
+
+
+@pytest.mark.parametrize(
+    ("runner", "start_method"),
+    [
+        ("SequentialRunner", "fork"),
+        ("ThreadRunner", "fork"),
+        ("ParallelRunner", "fork"),
+        ("ParallelRunner", "spawn"),
+        ("ParallelRunner", "forkserver"),
+    ],
+)
+def test_every_runner_logs_everything_to_one_run(
+    project: Project, runner: str, start_method: str
+) -> None:
+    project.pipeline(BUSY)
+    project.catalog(BUSY_CATALOG)
+    project.parameters({f"n{i}": i for i in range(12)})
+
+    ended = project.kedro("run", f"--runner={runner}", KEDRO_MP_CONTEXT=start_method)
+
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    runs = project.all_runs()
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    (main,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    children = [run for run in runs if run is not main]
+    assert {c.data.tags["mlflow.parentRunId"] for c in children} == {main.info.run_id}
+    assert {c.info.run_name for c in children} == {f"child_{i}" for i in range(12)}
+    for i in range(12):
+        assert main.data.params[f"n{i}"] == main.data.params[f"fluent_{i}"] == str(i)
+        assert main.data.metrics[f"fluent_{i}"] == main.data.metrics[f"m{i}_metric"] == i
+        history = project.client.get_metric_history(main.info.run_id, f"h{i}_history")
+        assert sorted((m.step, m.value) for m in history) == [(0, 0.5), (1, 0.25)]
+    files = {file.path for file in project.client.list_artifacts(main.info.run_id)}
+    assert files == {f"{kind}{i}.txt" for i in range(12) for kind in ("fluent_", "t")}
+
+
+def test_an_open_run_is_attached_to_and_left_open(project: Project) -> None:
+    project.pipeline(ONE_NODE)
+    project.parameters({"x": 1})
+    mlflow.set_tracking_uri(project.tracking_uri)
+
+    with mlflow.start_run(run_name="mine") as mine:
+        project.run()
+        assert mlflow.active_run().info.run_id == mine.info.run_id
+        assert project.only_run().info.status == "RUNNING"
+
+    run = project.only_run()
+    assert (run.info.run_name, run.data.params) == ("mine", {"x": "1"})
+
+
+def test_a_disabled_pipeline_makes_no_run_and_logs_nothing(project: Project) -> None:
+    project.pipeline(
+        """
+        from kedro.pipeline import Node, Pipeline
+
+        def make():
+            return 1.0, [0.5], "text"
+
+        def create_pipeline():
+            return Pipeline([Node(make, None, ["m_metric", "h_history", "t_text"])])
+        """
+    )
+    project.catalog(BUSY_CATALOG)
+    project.mlflow_yml("tracking: {disable_tracking: {pipelines: [__default__]}}")
+
+    project.run()
+
+    assert project.all_runs() == []
+    assert (project.path / "data/08_reporting/t.txt").read_text() == "text"
+
+
+def test_nothing_but_a_tracked_run_imports_mlflow_or_needs_the_store(
+    new_project: Callable[..., Project], tmp_path: Path
+) -> None:
+    project = new_project()
+    project.pipeline(ONE_NODE)
+    project.catalog(BUSY_CATALOG)
+    # A package that can't be imported stands in MLflow's way.
+    guard = tmp_path / "guard" / "mlflow" / "__init__.py"
+    guard.parent.mkdir(parents=True)
+    guard.write_text("raise SystemExit('MLflow was imported')")
+    path = os.pathsep.join([str(guard.parents[1]), str(project.path / "src")])
+
+    for command in ("registry list", "catalog describe-datasets", "mlflow --help", "--help"):
+        ended = project.kedro(*command.split(), PYTHONPATH=path)
+        assert ended.returncode == 0, command + ended.stdout + ended.stderr
+    assert "MLflow was imported" in project.kedro("run", PYTHONPATH=path).stderr
+    assert not (project.path / "mlflow.db").exists()
+
+
+def test_parameters_that_are_too_long_fail_before_there_is_a_run(project: Project) -> None:
+    project.pipeline(ONE_NODE)
+    project.parameters({"x": "long" * 2000})
+
+    ended = project.kedro("run")
+
+    assert ended.returncode == 1
+    assert "'x' (8000)" in ended.stderr
+    assert "Traceback" not in ended.stderr + ended.stdout
+    assert project.all_runs() == []
+
+
+def test_a_handle_pickles() -> None:
+    handle = RunHandle(Server("sqlite:///a", "sqlite:///a"), "run", "1", "file:///a")
+
+    assert pickle.loads(pickle.dumps(handle)) == handle
+
+
+@pytest.mark.parametrize(
+    ("code", "catalog", "parameters", "flatten", "limit"),
+    [
+        (ONE_NODE, "", {"x": 1}, False, 4),
+        (ONE_NODE.replace("2 * x", "1"), "", {"x": {f"k{i}": i for i in range(1000)}}, True, 14),
+        (
+            """
+            from kedro.pipeline import Node, Pipeline
+
+            def curve(x):
+                return [1 / (step + 1) for step in range(x)]
+
+            def create_pipeline():
+                return Pipeline([Node(curve, "params:x", "curve")])
+            """,
+            "curve: {type: PACKAGE.runtime.MlflowMetricHistoryDataset}",
+            {"x": 1000},
+            False,
+            5,
+        ),
+    ],
+    ids=["one node", "1,000 leaves", "1,000 steps"],
+)
+def test_a_run_makes_few_requests(
+    new_project: Callable[..., Project],
+    server: CountingProxy,
+    code: str,
+    catalog: str,
+    parameters: dict[str, object],
+    flatten: bool,
+    limit: int,
+) -> None:
+    project = new_project(tracking_backend="server", tracking_uri=server.uri)
+    project.tracking_uri = server.uri
+    project.pipeline(code)
+    project.catalog(catalog)
+    project.parameters(parameters)
+    project.mlflow_yml(
+        f"tracking: {{params: {{dict_params: {{flatten: {str(flatten).lower()}}}}}}}"
+    )
+    project.client.create_experiment(project.package)
+    if not flatten:
+        project.mlflow_yml("tracking: {params: {long_params_strategy: truncate}}")
+    server.requests.clear()
+
+    project.run()
+
+    # One more than the server's own: parameters are logged beside what creates the run.
+    assert len(server.requests) <= limit + bool(parameters), server.requests
