@@ -20,6 +20,7 @@ def main() -> None:
         config = session.load_context().mlflow  # type: ignore[attr-defined]
     client = MlflowClient(config.server.mlflow_tracking_uri, config.server.mlflow_registry_uri)
     experiment = client.get_experiment_by_name(config.tracking.experiment.name)
+    assert experiment, "the run has made it"
     runs = client.search_runs([experiment.experiment_id])
     run = next(run for run in runs if "mlflow.parentRunId" not in run.data.tags)
     children = [

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.tracking import fluent
 
-from .servers import CountingProxy, mlflow_server
+from .servers import CountingProxy, counting_proxy, mlflow_server
 
 _numbers = itertools.count()
 
@@ -34,7 +34,6 @@ class Project:
     path: Path
     package: str
     tracking_uri: str = ""
-    _written: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.tracking_uri = self.tracking_uri or f"sqlite:///{self.path.as_posix()}/mlflow.db"
@@ -138,5 +137,5 @@ def project(new_project: Callable[..., Project], empty_store: Path) -> Project:
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CountingProxy]:
     """An MLflow server behind a proxy that counts requests."""
-    with mlflow_server(tmp_path_factory.mktemp("server")) as port, CountingProxy(port) as proxy:
+    with mlflow_server(tmp_path_factory.mktemp("server")) as port, counting_proxy(port) as proxy:
         yield proxy

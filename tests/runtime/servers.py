@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -55,45 +56,48 @@ def mlflow_server(folder: Path) -> Iterator[int]:
         server.wait()
 
 
+@dataclass(frozen=True)
 class CountingProxy:
+    """The address of a proxy, and what it was asked: `POST /api/2.0/mlflow/runs/create`, …"""
+
+    uri: str
+    requests: list[str]
+
+
+@contextmanager
+def counting_proxy(port: int) -> Iterator[CountingProxy]:
     """Pass HTTP requests on to a port of this machine and keep what was asked."""
+    requests: list[str] = []
 
-    def __init__(self, port: int) -> None:
-        self.requests: list[str] = []
-        requests = self.requests
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
 
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
+        def forward(self) -> None:
+            requests.append(f"{self.command} {self.path.partition('?')[0]}")
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            behind = http.client.HTTPConnection("127.0.0.1", port)
+            behind.request(self.command, self.path, body, dict(self.headers))
+            answer = behind.getresponse()
+            content = answer.read()
+            self.send_response(answer.status)
+            for name, value in answer.getheaders():
+                if name.lower() not in ("transfer-encoding", "content-length", "connection"):
+                    self.send_header(name, value)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+            behind.close()
 
-            def forward(self) -> None:
-                requests.append(f"{self.command} {self.path.partition('?')[0]}")
-                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-                behind = http.client.HTTPConnection("127.0.0.1", port)
-                behind.request(self.command, self.path, body, dict(self.headers))
-                answer = behind.getresponse()
-                content = answer.read()
-                self.send_response(answer.status)
-                for name, value in answer.getheaders():
-                    if name.lower() not in ("transfer-encoding", "content-length", "connection"):
-                        self.send_header(name, value)
-                self.send_header("Content-Length", str(len(content)))
-                self.end_headers()
-                self.wfile.write(content)
-                behind.close()
+        do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = forward
 
-            do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = forward
+        def log_message(self, *args: Any) -> None:
+            """Stay quiet."""
 
-            def log_message(self, *args: Any) -> None:
-                """Stay quiet."""
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self.uri = f"http://127.0.0.1:{self._server.server_address[1]}"
-
-    def __enter__(self) -> CountingProxy:
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield CountingProxy(f"http://127.0.0.1:{server.server_address[1]}", requests)
+    finally:
+        server.shutdown()
+        server.server_close()

@@ -214,7 +214,7 @@ def test_an_open_run_is_attached_to_and_left_open(project: Project) -> None:
 
     with mlflow.start_run(run_name="mine") as mine:
         project.run()
-        assert mlflow.active_run().info.run_id == mine.info.run_id
+        assert mlflow.active_run() is mine
         assert project.only_run().info.status == "RUNNING"
 
     run = project.only_run()

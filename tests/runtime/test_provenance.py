@@ -1,0 +1,79 @@
+"""Tags say where a run comes from, and the command in them repeats it."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kedro.framework.cli.project import run as kedro_run
+from kedro.runner import ParallelRunner, SequentialRunner
+
+from runtime import provenance
+
+
+@pytest.mark.parametrize(
+    ("run_params", "command"),
+    [
+        ({}, "kedro run"),
+        ({"pipeline_name": None}, "kedro run"),
+        ({"pipeline_name": "a"}, "kedro run --pipelines=a"),
+        ({"pipeline_names": ["a", "b"]}, "kedro run --pipelines=a,b"),
+        ({"pipeline_names": ["__default__"]}, "kedro run"),
+        ({"env": "prod", "tags": ("x", "y")}, "kedro run --env=prod --tags=x,y"),
+        ({"node_names": ("n 1",)}, "kedro run '--nodes=n 1'"),
+        ({"load_versions": {"d": "v:1"}}, "kedro run --load-versions=d:v:1"),
+        (
+            {"runtime_params": {"a": {"b": 1, "c": "it's"}, "d": None}},
+            """kedro run '--params=a.b=1,a.c=it'"'"'s,d=null'""",
+        ),
+        ({"only_missing_outputs": True}, "kedro run --only-missing-outputs"),
+        ({"runner": "my.runners.Runner"}, "kedro run --runner=my.runners.Runner"),
+    ],
+)
+def test_the_command_repeats_the_run(run_params: dict[str, Any], command: str) -> None:
+    assert provenance.kedro_command(run_params) == command
+    # Kedro's own parser takes it.
+    kedro_run.make_context("run", shlex.split(command)[2:])
+
+
+def test_a_runner_is_named_as_the_command_line_takes_it() -> None:
+    for runner in (SequentialRunner(), ParallelRunner()):
+        assert provenance.runner_name({"runner": str(runner)}) == type(runner).__name__
+    assert provenance.runner_name({"runner": "None"}) == "SequentialRunner"
+
+
+def git(folder: Path, *words: str) -> str:
+    identity = ["-c", "user.name=Ada", "-c", "user.email=ada@example.org"]
+    done = subprocess.run(
+        ["git", *identity, *words], cwd=folder, check=True, capture_output=True, text=True
+    )
+    return done.stdout.strip()
+
+
+def test_git_tags_name_commit_branch_and_whether_anything_is_uncommitted(tmp_path: Path) -> None:
+    git(tmp_path, "init", "--initial-branch=work")
+    assert provenance.git_tags(tmp_path) == {
+        "mlflow.source.git.dirty": "false",
+        "mlflow.source.git.branch": "work",
+    }
+
+    git(tmp_path, "commit", "--allow-empty", "--message=first")
+    commit = git(tmp_path, "rev-parse", "HEAD")
+    (tmp_path / "new").touch()
+    assert provenance.git_tags(tmp_path) == {
+        "mlflow.source.git.commit": commit,
+        "mlflow.source.git.branch": "work",
+        "mlflow.source.git.dirty": "true",
+    }
+
+    git(tmp_path, "checkout", "--detach")
+    assert "mlflow.source.git.branch" not in provenance.git_tags(tmp_path)
+
+
+def test_without_git_there_are_no_git_tags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert provenance.git_tags(tmp_path) == {}
+    monkeypatch.setenv("PATH", "")
+    assert provenance.git_tags(tmp_path) == {}
