@@ -154,7 +154,7 @@ def _look_at_the_pages(command: str, project: Path) -> None:
     for line in pages.stdout:
         if found := re.search(r"pages: (http://\S+)", line):
             address = found[1]
-        if "Application startup complete" in line:
+        if "Uvicorn running on" in line:
             break
     with urllib.request.urlopen(address) as page:
         assert b"MLflow" in page.read()

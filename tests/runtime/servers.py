@@ -44,7 +44,7 @@ def mlflow_server(folder: Path) -> Iterator[int]:
     try:
         for line in server.stdout:
             log.append(line)
-            if "Application startup complete" in line:
+            if "Uvicorn running on" in line:
                 break
         else:
             raise RuntimeError("mlflow server ended:\n" + "".join(log))

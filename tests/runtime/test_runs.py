@@ -8,10 +8,13 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import mlflow
 import pytest
+from kedro.io import DatasetError
+from mlflow.exceptions import MlflowException
 
 from runtime.tracking import RunHandle, Server
 
@@ -114,6 +117,21 @@ def test_the_first_run_makes_the_store_and_the_experiment_in_the_project(
     assert project.only_run().info.status == "FINISHED"
 
 
+def test_processes_that_start_at_once_on_an_empty_store_all_succeed(
+    new_project: Callable[..., Project],
+) -> None:
+    project = new_project()
+    project.pipeline(ONE_NODE)
+    project.parameters({"x": 1})
+
+    with ThreadPoolExecutor() as pool:
+        ended = list(pool.map(lambda _: project.kedro("run"), range(4)))
+
+    assert [e.returncode for e in ended] == [0] * 4, "".join(e.stdout + e.stderr for e in ended)
+    assert [run.info.status for run in project.all_runs()] == ["FINISHED"] * 4
+    assert [file.name for file in project.path.glob("mlflow.db*")] == ["mlflow.db"]
+
+
 def test_two_runs_in_one_process_are_two_runs(project: Project) -> None:
     project.pipeline(ONE_NODE)
     project.parameters({"x": 1})
@@ -137,6 +155,28 @@ def test_a_failing_node_leaves_a_failed_run_that_says_why(project: Project) -> N
     traceback = project.client.download_artifacts(run.info.run_id, "traceback.txt")
     assert 'raise ValueError("no penguins")' in Path(traceback).read_text()
     assert mlflow.active_run() is None
+
+
+def test_metrics_that_the_store_refuses_end_the_run_as_failed(project: Project) -> None:
+    project.pipeline(ONE_NODE)
+    project.parameters({"x": 1})
+    project.catalog("y: {type: PACKAGE.runtime.MlflowMetricDataset, key: 'no%name'}")
+
+    with pytest.raises(MlflowException, match="no%name"):
+        project.run()
+
+    assert project.only_run().info.status == "FAILED"
+
+
+def test_a_dataset_that_cannot_be_made_fails_before_there_is_a_run(project: Project) -> None:
+    project.pipeline(ONE_NODE)
+    project.parameters({"x": 1})
+    project.catalog("y: {type: PACKAGE.runtime.MlflowMetricDataset, keey: m}")
+
+    with pytest.raises(DatasetError, match="keey"):
+        project.run()
+
+    assert project.all_runs() == []
 
 
 def test_a_failing_node_ends_kedro_run_with_status_1(project: Project) -> None:

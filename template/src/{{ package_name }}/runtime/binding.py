@@ -70,6 +70,8 @@ def track(
     server = tracking.Server(
         config.server.mlflow_tracking_uri or "", config.server.mlflow_registry_uri or ""
     )
+    # A dataset that can't be made fails here, before there is a run.
+    datasets = {name: catalog.get(name) for name in pipeline.datasets()}
     run = None
     if not set(names) <= set(config.tracking.disable_tracking.pipelines):
         logged, tags = _parameters(config, pipeline, catalog)
@@ -83,8 +85,7 @@ def track(
         )
         catalog[ENTRY] = Binding(run, context._package_name)
 
-    for name in pipeline.datasets():
-        dataset = catalog.get(name) if name in catalog else None
+    for name, dataset in datasets.items():
         # CachedDataset keeps the dataset that it caches under this name.
         for candidate in (dataset, getattr(dataset, "_dataset", None)):
             if isinstance(candidate, TrackedDataset):

@@ -9,11 +9,12 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import sqlite3
 import threading
 import time
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -182,14 +183,19 @@ class RunHandle:
     def finish(self, status: str) -> None:
         """Send what waits and end the run as FINISHED, FAILED or KILLED.
 
-        A run that was attached to is left open for its owner.
+        A run that was attached to is left open for its owner. When what waits can't be sent, the
+        run ends as FAILED and the error is raised.
         """
-        self.flush()
-        _forget(self)
-        if self.attached:
-            return
-        self.server.client.set_terminated(self.run_id, status)
-        logger.info("MLflow run '%s' (%s) %s", self.name, self.run_id, status)
+        try:
+            self.flush()
+        except BaseException:
+            status = "FAILED"
+            raise
+        finally:
+            _forget(self)
+            if not self.attached:
+                self.server.client.set_terminated(self.run_id, status)
+                logger.info("MLflow run '%s' (%s) %s", self.name, self.run_id, status)
 
     def report_error(self, error: BaseException, node: str | None = None) -> None:
         """Say in tags and in the artifact `traceback.txt` why the run fails."""
@@ -405,19 +411,42 @@ def _prepare(server: Server, experiment: ExperimentOptions) -> None:
     from mlflow.tracking._tracking_service.utils import _get_store
 
     engine = db.create_sqlalchemy_engine_with_retry(server.tracking_uri)
-    is_new = not db._all_tables_exist(engine)
-    if is_new:
-        logger.info("Creating the embedded MLflow store %s", server.tracking_uri)
-        with _quiet("alembic"):  # one line for each of some forty migrations
-            db._safe_initialize_tables(engine)
-    engine.dispose()
-    if is_new:
-        # MLflow adds its experiment "Default" now: let its artifacts go where the others go.
-        _get_store(server.tracking_uri, experiment.create_experiment_kwargs.artifact_location)
+    lock = Path(f"{engine.url.database}.lock")
+    try:
+        # In this order: when there are tables and no lock file, whoever made them is done.
+        if db._all_tables_exist(engine) and not lock.exists():
+            return
+        with _locked(lock), _quiet("alembic"):
+            if not db._all_tables_exist(engine):
+                logger.info("Creating the embedded MLflow store %s", server.tracking_uri)
+                db._initialize_tables(engine)
+                # MLflow adds its experiment "Default" now: its artifacts go where the others go.
+                location = experiment.create_experiment_kwargs.artifact_location
+                _get_store(server.tracking_uri, location)
+    finally:
+        engine.dispose()
+
+
+@contextmanager
+def _locked(file: Path) -> Iterator[None]:
+    """Let one process at a time through, on every system and after a crash too.
+
+    SQLite's own lock on an empty database does that with the standard library alone.
+    """
+    with closing(sqlite3.connect(file, timeout=300)) as lock:
+        lock.execute("BEGIN EXCLUSIVE")
+        try:
+            yield
+        finally:
+            # Those who still wait hold this file, and find the work done. Windows keeps the
+            # file while it is open; it is empty and does no harm.
+            with suppress(PermissionError):
+                file.unlink(missing_ok=True)
 
 
 @contextmanager
 def _quiet(name: str) -> Iterator[None]:
+    """Hide what a logger tells below a warning, such as a line for each of forty migrations."""
     noisy = logging.getLogger(name)
     before = noisy.level
     noisy.setLevel(logging.WARNING)
