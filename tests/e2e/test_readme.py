@@ -41,6 +41,7 @@ def test_every_command_of_the_readme_works(clone: Path, tmp_path: Path, shell: S
             git(folder, "init", "--quiet")
             git(folder, "add", "--all")
             git(folder, "commit", "--quiet", "--message=Start")
+            command += " --defaults"  # instead of a person at the keyboard
         output[command] = shell(command, folder, PATH=path)
 
     table = output["nox -s demo"]

@@ -41,8 +41,10 @@ def ui(metadata: ProjectMetadata, env: str | None, host: str | None, port: int |
     host = host or config.ui.host
     port = port or int(config.ui.port or _free_port(host))
     click.echo(f"MLflow's pages: http://{host}:{port} (Ctrl-C ends them)")
-    command = ["mlflow", "ui", "--backend-store-uri", uri, "--host", host, "--port", str(port)]
-    raise SystemExit(subprocess.call([sys.executable, "-m", *command]))
+    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri]
+    # One process is enough for one reader, and is there sooner than MLflow's usual four.
+    command += ["--host", host, "--port", str(port), "--workers", "1"]
+    raise SystemExit(subprocess.call(command))
 
 
 def _free_port(host: str) -> int:

@@ -1,0 +1,235 @@
+"""Every combination of the answers gives a project that is whole and tidy."""
+
+from __future__ import annotations
+
+import ast
+import itertools
+import re
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+import pytest
+import yaml
+
+from ..conftest import Generate
+from .conftest import changed_by_hooks, files, read_toml, ruff, texts
+
+# Of the runtime the list is that of its sources.
+ALWAYS = """
+.copier-answers.yml
+.gitignore
+.pre-commit-config.yaml
+.telemetry
+README.md
+conf/README.md
+conf/base/catalog.yml
+conf/base/mlflow.yml
+conf/base/parameters.yml
+conf/local/.gitkeep
+conf/local/credentials.yml
+conf/prod/mlflow.yml
+conf/test/mlflow.yml
+data/01_raw/.gitkeep
+data/02_intermediate/.gitkeep
+data/03_primary/.gitkeep
+data/04_feature/.gitkeep
+data/05_model_input/.gitkeep
+data/06_models/.gitkeep
+data/07_model_output/.gitkeep
+data/08_reporting/.gitkeep
+data/README.md
+notebooks/.gitkeep
+pyproject.toml
+src/penguin_study/__init__.py
+src/penguin_study/__main__.py
+src/penguin_study/cli.py
+src/penguin_study/pipeline_registry.py
+src/penguin_study/pipelines/__init__.py
+src/penguin_study/settings.py
+tests/test_run.py
+""".split()
+
+WITH_EXAMPLE = """
+data/01_raw/penguins.csv
+src/penguin_study/pipelines/data_processing/__init__.py
+src/penguin_study/pipelines/data_processing/nodes.py
+src/penguin_study/pipelines/data_processing/pipeline.py
+src/penguin_study/pipelines/inference/__init__.py
+src/penguin_study/pipelines/inference/nodes.py
+src/penguin_study/pipelines/inference/pipeline.py
+src/penguin_study/pipelines/training/__init__.py
+src/penguin_study/pipelines/training/nodes.py
+src/penguin_study/pipelines/training/pipeline.py
+tests/pipelines/test_data_processing.py
+""".split()
+
+WITHOUT_EXAMPLE = """
+src/penguin_study/pipelines/first/__init__.py
+src/penguin_study/pipelines/first/nodes.py
+src/penguin_study/pipelines/first/pipeline.py
+tests/pipelines/.gitkeep
+""".split()
+
+RUNTIME = "src/penguin_study/runtime/"
+
+LICENCES = {
+    "Apache-2.0": "Apache License",
+    "BSD-3-Clause": "BSD 3-Clause License",
+    "MIT": "MIT License",
+}
+
+
+class Answers(NamedTuple):
+    example: bool
+    tracking_backend: str
+    licence: str
+
+
+# Every pair of answers stands in one of these.
+COMBINATIONS = [
+    Answers(True, "sqlite", "none"),
+    Answers(True, "server", "MIT"),
+    Answers(True, "sqlite", "BSD-3-Clause"),
+    Answers(True, "server", "Apache-2.0"),
+    Answers(False, "server", "none"),
+    Answers(False, "sqlite", "MIT"),
+    Answers(False, "server", "BSD-3-Clause"),
+    Answers(False, "sqlite", "Apache-2.0"),
+]
+
+
+class Project(NamedTuple):
+    folder: Path
+    answers: Answers
+
+
+def in_words(answers: Answers) -> str:
+    example = "with example" if answers.example else "without example"
+    return f"{example}, {answers.tracking_backend}, licence {answers.licence}"
+
+
+@pytest.fixture(scope="module", params=COMBINATIONS, ids=in_words)
+def project(
+    request: pytest.FixtureRequest, generate: Generate, tmp_path_factory: pytest.TempPathFactory
+) -> Project:
+    answers: Answers = request.param
+    folder = tmp_path_factory.mktemp("rendering") / "project"
+    generate(folder, project_name="Penguin Study", **answers._asdict())
+    return Project(folder, answers)
+
+
+def test_every_pair_of_answers_is_rendered(template: Path) -> None:
+    questions = yaml.safe_load((template / "copier.yml").read_text(encoding="utf-8"))
+    values = {
+        "example": {True, False},
+        "tracking_backend": set(questions["tracking_backend"]["choices"].values()),
+        "licence": set(questions["licence"]["choices"].values()),
+    }
+
+    for one, other in itertools.combinations(Answers._fields, 2):
+        rendered = {(getattr(each, one), getattr(each, other)) for each in COMBINATIONS}
+        assert rendered == set(itertools.product(values[one], values[other]))
+
+
+def test_the_files_are_exactly_those_expected(project: Project, template: Path) -> None:
+    expected = ALWAYS + (WITH_EXAMPLE if project.answers.example else WITHOUT_EXAMPLE)
+    if project.answers.licence != "none":
+        expected = [*expected, "LICENSE"]
+
+    names = [name for name in files(project.folder) if not name.startswith(RUNTIME)]
+
+    assert sorted(names) == sorted(expected)
+
+
+def test_the_runtime_is_copied_byte_for_byte(project: Project, template: Path) -> None:
+    source = template / "template" / "src" / "{{ package_name }}" / "runtime"
+
+    assert files(project.folder / RUNTIME) == files(source)
+
+
+def test_no_jinja_is_left_over(project: Project) -> None:
+    left = [
+        name
+        for name, text in texts(project.folder).items()
+        if re.search(r"\{\{|\{%|\{#", name if name.startswith(RUNTIME) else name + text)
+    ]
+
+    assert left == []
+
+
+def test_every_yaml_and_toml_file_parses(project: Project) -> None:
+    for path in project.folder.rglob("*"):
+        if path.suffix in {".yml", ".yaml"} or path.name == ".telemetry":
+            yaml.safe_load(path.read_text(encoding="utf-8"))
+        elif path.suffix == ".toml":
+            read_toml(path)
+
+
+def test_every_python_file_compiles(project: Project) -> None:
+    for name, text in texts(project.folder).items():
+        if name.endswith(".py"):
+            ast.parse(text, name, feature_version=(3, 10))
+
+
+def test_no_folder_is_empty(project: Project) -> None:
+    folders = [path for path in project.folder.rglob("*") if path.is_dir()]
+
+    assert [folder for folder in folders if not any(folder.iterdir())] == []
+
+
+def test_windows_takes_every_file_name(project: Project) -> None:
+    names = list(files(project.folder))
+    devices = {"con", "prn", "aux", "nul"}
+    devices |= {f"{port}{number}" for port in ("com", "lpt") for number in range(10)}
+
+    for part in {part for name in names for part in PurePosixPath(name).parts}:
+        assert not re.search(r'[<>:"\\|?*\x00-\x1f]|[. ]$', part)
+        assert part.split(".")[0].lower() not in devices
+    assert len({name.lower() for name in names}) == len(names)
+
+
+def test_the_whitespace_hooks_change_nothing(project: Project) -> None:
+    assert changed_by_hooks(project.folder) == []
+
+
+def test_ruff_checks_every_python_file(project: Project) -> None:
+    shown = ruff(project.folder, "check", "--show-files").splitlines()
+
+    assert {Path(name) for name in shown} >= set(project.folder.rglob("*.py"))
+
+
+def test_ruff_changes_nothing(project: Project) -> None:
+    assert ruff(project.folder, "check") == ""
+    assert ruff(project.folder, "format", "--diff") == ""
+
+
+def test_the_licence_is_the_one_chosen(project: Project) -> None:
+    licence = project.answers.licence
+    metadata = read_toml(project.folder / "pyproject.toml")["project"]
+
+    if licence == "none":
+        assert not (project.folder / "LICENSE").exists()
+        assert "license" not in metadata
+        assert "license-files" not in metadata
+    else:
+        assert LICENCES[licence] in (project.folder / "LICENSE").read_text(encoding="utf-8")
+        assert metadata["license"] == licence
+        assert metadata["license-files"] == ["LICENSE"]
+
+
+@pytest.mark.parametrize("licence", ["MIT", "BSD-3-Clause"])
+def test_the_licence_names_who_gives_it(generate: Generate, tmp_path: Path, licence: str) -> None:
+    named = generate(tmp_path / "named", licence=licence, author_name="Ada Lovelace")
+    unnamed = generate(tmp_path / "unnamed", licence=licence, project_name="Penguin Study")
+
+    assert "(c) Ada Lovelace\n" in (named / "LICENSE").read_text(encoding="utf-8")
+    assert "the authors of Penguin Study\n" in (unnamed / "LICENSE").read_text(encoding="utf-8")
+
+
+def test_the_longest_package_name_leaves_the_code_formatted(
+    generate: Generate, tmp_path: Path
+) -> None:
+    project = generate(tmp_path / "project", package_name="p" * 40)
+
+    assert ruff(project, "check") == ""
+    assert ruff(project, "format", "--diff") == ""
