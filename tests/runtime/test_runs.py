@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import signal
@@ -129,6 +130,23 @@ def test_processes_that_start_at_once_on_an_empty_store_all_succeed(
 
     assert [e.returncode for e in ended] == [0] * 4, "".join(e.stdout + e.stderr for e in ended)
     assert [run.info.status for run in project.all_runs()] == ["FINISHED"] * 4
+    assert [file.name for file in project.path.glob("mlflow.db*")] == ["mlflow.db"]
+
+
+def test_a_store_is_made_on_a_file_system_without_links(
+    new_project: Callable[..., Project], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_links(source: object, target: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", no_links)
+    project = new_project()
+    project.pipeline(ONE_NODE)
+    project.parameters({"x": 1})
+
+    project.run()
+
+    assert project.only_run().info.status == "FINISHED"
     assert [file.name for file in project.path.glob("mlflow.db*")] == ["mlflow.db"]
 
 

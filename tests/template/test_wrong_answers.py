@@ -119,7 +119,7 @@ WRONG: list[tuple[str, object, str]] = [
     ("tracking_uri", "http://mlflow.example.org\n", ADDRESS),
     ("tracking_uri", "http://mlflow.example.org:", ADDRESS),
     # It would be committed: credentials have a file that git ignores.
-    ("tracking_uri", "http://ada:secret@mlflow.example.org", "credentials"),
+    ("tracking_uri", "http://ada:secret@mlflow.example.org", "leave user and password out"),
     ("licence", "GPL-3.0", "'GPL-3.0' is not in ['Apache-2.0', 'MIT', 'BSD-3-Clause', 'none']"),
     ("licence", "mit", "'mit' is not in ['Apache-2.0', 'MIT', 'BSD-3-Clause', 'none']"),
     ("licence", "", "'' is not in ['Apache-2.0', 'MIT', 'BSD-3-Clause', 'none']"),

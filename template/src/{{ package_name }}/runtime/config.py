@@ -195,9 +195,14 @@ def _artifact_folder(tracking_uri: str) -> str | None:
     """
     if not is_database(tracking_uri):
         return None
-    if found := _SQLITE_FILE.match(tracking_uri):
-        return Path(found["path"]).with_name("mlartifacts").as_uri()
-    return "mlartifacts"
+    file = sqlite_file(tracking_uri)
+    return file.with_name("mlartifacts").as_uri() if file else "mlartifacts"
+
+
+def sqlite_file(uri: str) -> Path | None:
+    """Give the file of a `sqlite:///` URI; None for any other URI."""
+    found = _SQLITE_FILE.match(uri)
+    return Path(found["path"]) if found else None
 
 
 def is_database(uri: str) -> bool:

@@ -9,16 +9,18 @@ from __future__ import annotations
 import atexit
 import logging
 import os
-import sqlite3
 import threading
 import time
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
+from uuid import uuid4
+
+from .config import sqlite_file
 
 if TYPE_CHECKING:
     from mlflow import ActiveRun, MlflowClient
@@ -400,48 +402,35 @@ def _active_run(run: RunHandle) -> ActiveRun:
 
 
 def _prepare(server: Server, experiment: ExperimentOptions) -> None:
-    """Create the tables of an embedded store that doesn't have them yet.
+    """Make an embedded store that doesn't exist yet, whole before anybody can see it.
 
-    MLflow does this on first use too, but without the lock that two processes need which start
-    at once.
+    MLflow makes one on first use too, but where two processes start at once each meets the
+    other's half-made tables.
     """
-    if not server.tracking_uri.startswith("sqlite:"):
+    file = sqlite_file(server.tracking_uri)
+    if file is None or file.exists():
         return
-    from mlflow.store.db import utils as db
-    from mlflow.tracking._tracking_service.utils import _get_store
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
-    engine = db.create_sqlalchemy_engine_with_retry(server.tracking_uri)
-    lock = Path(f"{engine.url.database}.lock")
+    logger.info("Creating the embedded MLflow store %s", server.tracking_uri)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    draft = file.with_name(f"{file.name}.{uuid4().hex}")
     try:
-        # In this order: when there are tables and no lock file, whoever made them is done.
-        if db._all_tables_exist(engine) and not lock.exists():
-            return
-        with _locked(lock), _quiet("alembic"):
-            if not db._all_tables_exist(engine):
-                logger.info("Creating the embedded MLflow store %s", server.tracking_uri)
-                db._initialize_tables(engine)
-                # MLflow adds its experiment "Default" now: its artifacts go where the others go.
-                location = experiment.create_experiment_kwargs.artifact_location
-                _get_store(server.tracking_uri, location)
-    finally:
-        engine.dispose()
-
-
-@contextmanager
-def _locked(file: Path) -> Iterator[None]:
-    """Let one process at a time through, on every system and after a crash too.
-
-    SQLite's own lock on an empty database does that with the standard library alone.
-    """
-    with closing(sqlite3.connect(file, timeout=300)) as lock:
-        lock.execute("BEGIN EXCLUSIVE")
+        with _quiet("alembic"):
+            # MLflow's experiment "Default" comes with it: its artifacts go where the others go.
+            location = experiment.create_experiment_kwargs.artifact_location
+            store = SqlAlchemyStore(f"sqlite:///{draft.as_posix()}", location)
+        store.engine.dispose()
         try:
-            yield
-        finally:
-            # Those who still wait hold this file, and find the work done. Windows keeps the
-            # file while it is open; it is empty and does no harm.
-            with suppress(PermissionError):
-                file.unlink(missing_ok=True)
+            # Unlike a renaming, a link never replaces the store that another process has made.
+            os.link(draft, file)
+        except FileExistsError:
+            logger.info("Another process has made the store meanwhile")
+        except OSError:  # a file system without links
+            if not file.exists():
+                draft.replace(file)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 @contextmanager
