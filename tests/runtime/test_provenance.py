@@ -19,7 +19,7 @@ from runtime import provenance
     [
         ({}, "kedro run"),
         ({"pipeline_name": None}, "kedro run"),
-        ({"pipeline_name": "a"}, "kedro run --pipelines=a"),
+        ({"pipeline_name": "a"}, "kedro run --pipeline=a"),
         ({"pipeline_names": ["a", "b"]}, "kedro run --pipelines=a,b"),
         ({"pipeline_names": ["__default__"]}, "kedro run"),
         ({"env": "prod", "tags": ("x", "y")}, "kedro run --env=prod --tags=x,y"),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from kedro.framework import project
 
 from . import params, provenance, tracking
-from .config import ConfigError, MlflowConfig
+from .config import ConfigError, MlflowConfig, package_name
 from .datasets.tracked import TrackedDataset
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def track(
             params=logged,
             tags={**_tags(config, context, run_params), **tags},
         )
-        catalog[ENTRY] = Binding(run, context._package_name)
+        catalog[ENTRY] = Binding(run, package_name(context))
 
     for name, dataset in datasets.items():
         # CachedDataset keeps the dataset that it caches under this name.
@@ -131,5 +131,5 @@ def _tags(
     shown = params.redact(run_params, config.tracking.redact)
     return {
         **provenance.run_tags(shown),
-        **provenance.source_tags(context.project_path, context._package_name),
+        **provenance.source_tags(context.project_path, package_name(context)),
     }

@@ -153,7 +153,7 @@ def load_config(context: KedroContext) -> MlflowConfig:
                 update={
                     "experiment": experiment.model_copy(
                         update={
-                            "name": experiment.name or context._package_name,
+                            "name": experiment.name or package_name(context),
                             "create_experiment_kwargs": CreateExperimentOptions(
                                 artifact_location=location
                                 and anchor_uri(location, context.project_path),
@@ -165,6 +165,13 @@ def load_config(context: KedroContext) -> MlflowConfig:
             ),
         }
     )
+
+
+def package_name(context: KedroContext) -> str:
+    """Name the project's package; contexts of Kedro 1.0 don't always have it."""
+    from kedro.framework import project
+
+    return context._package_name or project.PACKAGE_NAME or context.project_path.name
 
 
 def parse(written: dict[str, Any]) -> MlflowConfig:

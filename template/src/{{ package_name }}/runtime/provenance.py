@@ -14,7 +14,6 @@ from typing import Any
 
 # `run_params` entries that are lists, with the option of `kedro run` that gives each.
 _LIST_OPTIONS = {
-    "pipeline_names": "--pipelines",
     "node_names": "--nodes",
     "from_nodes": "--from-nodes",
     "to_nodes": "--to-nodes",
@@ -51,10 +50,12 @@ def kedro_command(run_params: Mapping[str, Any]) -> str:
     words = ["kedro", "run"]
     if env := run_params.get("env"):
         words.append(f"--env={env}")
-    lists = {**run_params, "pipeline_names": pipeline_names(run_params)}
+    if (names := pipeline_names(run_params)) != ["__default__"]:
+        # Kedro 1.0 and 1.1 take one pipeline, under another option.
+        option = "--pipelines" if "pipeline_names" in run_params else "--pipeline"
+        words.append(f"{option}={','.join(names)}")
     for entry, option in _LIST_OPTIONS.items():
-        values = lists.get(entry)
-        if values and values != ["__default__"]:
+        if values := run_params.get(entry):
             words.append(f"{option}={','.join(values)}")
     if versions := run_params.get("load_versions"):
         words.append("--load-versions=" + ",".join(f"{k}:{v}" for k, v in versions.items()))
