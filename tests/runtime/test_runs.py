@@ -270,13 +270,30 @@ def test_an_open_run_is_attached_to_and_left_open(project: Project) -> None:
     project.parameters({"x": 1})
     mlflow.set_tracking_uri(project.tracking_uri)
 
-    with mlflow.start_run(run_name="mine") as mine:
+    with mlflow.start_run(run_name="mine", tags={"mlflow.source.name": "me"}) as mine:
         project.run()
         assert mlflow.active_run() is mine
         assert project.only_run().info.status == "RUNNING"
 
     run = project.only_run()
     assert (run.info.run_name, run.data.params) == ("mine", {"x": "1"})
+    assert run.data.tags["mlflow.source.name"] == "me"
+    assert run.data.tags["kedro_command"] == "kedro run"
+
+
+def test_the_run_that_the_environment_names_is_attached_to_and_left_open(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project.pipeline(ONE_NODE)
+    project.parameters({"x": 1})
+    given = project.client.create_run("0", run_name="theirs")
+    monkeypatch.setenv("MLFLOW_RUN_ID", given.info.run_id)
+
+    project.run()
+
+    run = project.only_run()
+    assert (run.info.run_name, run.info.status) == ("theirs", "RUNNING")
+    assert run.data.params == {"x": "1"}
 
 
 def test_a_disabled_pipeline_makes_no_run_and_logs_nothing(project: Project) -> None:

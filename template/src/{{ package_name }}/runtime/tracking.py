@@ -333,6 +333,8 @@ def start(
     _started[os.getpid(), handle.run_id] = handle
     try:
         if not handle.fresh:
+            if handle.attached:  # user and source of somebody else's run stay theirs
+                tags = {k: v for k, v in tags.items() if not k.startswith("mlflow.")}
             handle.set_tags(tags)
         handle.log_params(params)
     except BaseException:
