@@ -265,6 +265,56 @@ def test_every_runner_logs_everything_to_one_run(
     assert files == {f"{kind}{i}.txt" for i in range(12) for kind in ("fluent_", "t")}
 
 
+def test_a_run_on_a_server_has_its_files_and_model_there(
+    new_project: Callable[..., Project], server: CountingProxy, tmp_path: Path
+) -> None:
+    project = new_project(tracking_backend="server", tracking_uri=server.uri)
+    project.tracking_uri = server.uri
+    project.pipeline(
+        """
+        from kedro.pipeline import Node, Pipeline
+        from sklearn.linear_model import LinearRegression
+
+        def fit():
+            return LinearRegression().fit([[0], [1]], [1, 3]), "a line"
+
+        def use(model):
+            return float(model.coef_[0])
+
+        def create_pipeline():
+            return Pipeline([
+                Node(fit, None, ["line", "line_text"]), Node(use, "line", "slope")
+            ])
+        """
+    )
+    project.catalog(
+        BUSY_CATALOG
+        + """
+line:
+  type: PACKAGE.runtime.MlflowModelTrackingDataset
+  flavor: mlflow.sklearn
+  save_args: {registered_model_name: PACKAGE-line, pip_requirements: []}
+slope: {type: PACKAGE.runtime.MlflowMetricDataset}
+"""
+    )
+
+    project.run()
+
+    client = project.client
+    experiment = client.get_experiment_by_name(project.package)
+    assert experiment
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "FINISHED"
+    assert run.info.artifact_uri.startswith("mlflow-artifacts:")
+    assert run.data.metrics == {"slope": pytest.approx(2)}
+    file = client.download_artifacts(run.info.run_id, "line.txt", str(tmp_path))
+    assert Path(file).read_text() == "a line"
+    (version,) = client.search_model_versions(f"name = '{project.package}-line'")
+    assert version.run_id == run.info.run_id
+    assert not (project.path / "mlflow.db").exists()
+    assert not (project.path / "mlartifacts").exists()
+
+
 def test_an_open_run_is_attached_to_and_left_open(project: Project) -> None:
     project.pipeline(ONE_NODE)
     project.parameters({"x": 1})
