@@ -60,6 +60,13 @@ def e2e(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def config(session: nox.Session) -> None:
+    """Write the template's mlflow.yml and its JSON Schema anew, from the models in config.py."""
+    install(session, "runtime")
+    session.run("python", "-m", "tests.template.shipped_config")
+
+
+@nox.session(default=False)
 def demo(session: nox.Session) -> None:
     """Generate the example into FOLDER, run it and show the run: `nox -s demo [-- FOLDER]`."""
     if session.posargs:

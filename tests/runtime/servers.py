@@ -62,18 +62,21 @@ class CountingProxy:
 
     uri: str
     requests: list[str]
+    headers: list[dict[str, str]]
 
 
 @contextmanager
 def counting_proxy(port: int) -> Iterator[CountingProxy]:
     """Pass HTTP requests on to a port of this machine and keep what was asked."""
     requests: list[str] = []
+    headers: list[dict[str, str]] = []
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
         def forward(self) -> None:
             requests.append(f"{self.command} {self.path.partition('?')[0]}")
+            headers.append(dict(self.headers))
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
             behind = http.client.HTTPConnection("127.0.0.1", port)
             behind.request(self.command, self.path, body, dict(self.headers))
@@ -97,7 +100,7 @@ def counting_proxy(port: int) -> Iterator[CountingProxy]:
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        yield CountingProxy(f"http://127.0.0.1:{server.server_address[1]}", requests)
+        yield CountingProxy(f"http://127.0.0.1:{server.server_address[1]}", requests, headers)
     finally:
         server.shutdown()
         server.server_close()

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import re
-from pathlib import Path, PurePosixPath
+import sys
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
+import mlflow
 import pytest
+from click import ClickException
+from kedro.framework.session import KedroSession
+from kedro.framework.startup import bootstrap_project
+from mlflow.tracking.request_header.registry import (
+    _request_header_provider_registry as header_providers,
+)
 
-from runtime.config import ConfigError, anchor_uri, parse
+from runtime import credentials
+from runtime.loading import anchor_uri
 from runtime.resolvers import random_name
 
 from .conftest import Project
+from .servers import CountingProxy
 from .test_runs import ONE_NODE
 
 
@@ -36,26 +48,292 @@ def test_relative_uris_start_at_the_project(uri: str, anchored: str) -> None:
     assert anchor_uri(uri, Path("/my/project")) == anchored
 
 
-def test_every_mistake_is_told_with_key_and_value() -> None:
-    with pytest.raises(ConfigError) as told:
-        parse({"tracking": {"run": {"nmae": "x"}, "experiment": {"restore_if_deleted": "maybe"}}})
+@pytest.mark.parametrize(
+    ("uri", "anchored"),
+    [
+        ("sqlite:///mlflow.db", "sqlite:///C:/my project/mlflow.db"),
+        ("sqlite:///D:/abs/mlflow.db", "sqlite:///D:/abs/mlflow.db"),
+        ("mlruns", "file:///C:/my%20project/mlruns"),
+        ("mlruns\\deep", "file:///C:/my%20project/mlruns/deep"),
+        ("D:\\abs\\mlruns", "file:///D:/abs/mlruns"),
+        ("http://127.0.0.1:5000", "http://127.0.0.1:5000"),
+    ],
+)
+def test_uris_on_windows_start_at_the_project_too(uri: str, anchored: str) -> None:
+    assert anchor_uri(uri, PureWindowsPath("C:/my project")) == anchored
 
-    first, second = sorted(told.value.message.splitlines())
-    assert first.startswith("mlflow.yml: tracking.experiment.restore_if_deleted: ")
-    assert first.endswith("got 'maybe'")
-    assert second == "mlflow.yml: tracking.run.nmae: unknown key"
 
-
-def test_a_mistake_ends_kedro_run_without_a_traceback_and_without_a_run(project: Project) -> None:
+def test_every_mistake_is_told_with_file_line_key_value_and_what_is_right(
+    project: Project,
+) -> None:
     project.pipeline(ONE_NODE)
-    project.mlflow_yml("tracking: {nmae: x}")
+    project.mlflow_yml(
+        """
+        tracking:
+          nmae: x
+          run:
+            nested: yes please
+            nmae: x
+          params:
+            long_params_strategy: cut
+        servre: {}
+        """
+    )
 
     ended = project.kedro("run")
 
     assert ended.returncode == 1
-    assert "mlflow.yml: tracking.nmae: unknown key" in ended.stderr
-    assert "Traceback" not in ended.stdout + ended.stderr
+    assert sorted(ended.stderr.strip().removeprefix("Error: ").splitlines()) == [
+        (
+            "conf/local/mlflow.yml:3: tracking.nmae: unknown key, expected one of "
+            "disable_tracking, experiment, run, params, redact"
+        ),
+        "conf/local/mlflow.yml:5: tracking.run.nested: expected true or false, got 'yes please'",
+        "conf/local/mlflow.yml:6: tracking.run.nmae: unknown key, did you mean 'name'?",
+        (
+            "conf/local/mlflow.yml:8: tracking.params.long_params_strategy: "
+            "expected 'fail', 'truncate' or 'tag', got 'cut'"
+        ),
+        "conf/local/mlflow.yml:9: servre: unknown key, did you mean 'server'?",
+    ]
+    assert "Traceback" not in ended.stdout
     assert project.all_runs() == []
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("a: [1", "conf/local/mlflow.yml:1: expected ',' or ']', but got '<stream end>'"),
+        ("- 1", "conf/local/mlflow.yml:1: expected keys with values"),
+        (
+            "tracking: {run: {name: '${runtime_params:run_name}'}}",
+            "conf/local/mlflow.yml:1: tracking.run.name: ",
+        ),
+        (
+            "server: {mlflow_tracking_uri: mlruns}",
+            "conf/local/mlflow.yml:1: server.mlflow_tracking_uri: MLflow no longer keeps runs in",
+        ),
+        (
+            "server: {credentials: mine}",
+            "server.credentials: credentials.yml has no entry 'mine'; its entries: db, other",
+        ),
+        (
+            "server: {credentials: db}",
+            "the entry 'db' has to be environment variables, NAME: value",
+        ),
+        (
+            "server: {request_header_provider: {type: nowhere.Provider}}",
+            "conf/local/mlflow.yml:1: server.request_header_provider: No module named 'nowhere'",
+        ),
+        (
+            "server: {request_header_provider: {type: pathlib.Path}}",
+            "pathlib.Path is not a subclass of MLflow's RequestHeaderProvider",
+        ),
+    ],
+)
+def test_a_mistake_gets_one_sentence_and_there_is_no_run(
+    project: Project, text: str, sentence: str
+) -> None:
+    project.pipeline(ONE_NODE)
+    project.parameters({"x": 1})
+    project.write("conf/local/credentials.yml", "other: {A: b}\ndb: {A: {B: c}}")
+    project.mlflow_yml(text)
+
+    with pytest.raises(ClickException) as told:
+        project.run()
+
+    assert type(told.value).__name__ == "ConfigError"
+    assert sentence in told.value.message
+    assert len(told.value.message.splitlines()) == 1
+    assert project.all_runs() == []
+
+
+def test_a_group_without_keys_has_the_defaults(project: Project) -> None:
+    project.pipeline(ONE_NODE)
+    project.parameters({"x": 1})
+    project.mlflow_yml("server:\ntracking:\n")
+
+    project.run()
+
+    assert project.only_run().info.status == "FINISHED"
+
+
+def test_credentials_are_in_the_environment_during_the_run_and_nowhere_after_it(
+    project: Project, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    project.pipeline(
+        """
+        import os
+        from kedro.pipeline import Node, Pipeline
+
+        def read():
+            names = ["MLFLOW_TRACKING_PASSWORD", "A_NUMBER", "A_FLAG", "SET_BEFORE"]
+            return [os.environ.get(name) for name in names]
+
+        def create_pipeline():
+            return Pipeline([Node(read, None, "seen")])
+        """
+    )
+    project.write(
+        "conf/local/credentials.yml",
+        """
+        one: {MLFLOW_TRACKING_PASSWORD: t0p-secret, A_NUMBER: 7, A_FLAG: true, SET_BEFORE: new}
+        two: {MLFLOW_TRACKING_PASSWORD: t0p-other}
+        """,
+    )
+    monkeypatch.setenv("SET_BEFORE", "old")
+    caplog.set_level("DEBUG")
+
+    project.mlflow_yml("server: {credentials: one}")
+    assert project.run()["seen"].load() == ["t0p-secret", "7", "true", "new"]
+    assert os.environ["SET_BEFORE"] == "old"
+    assert "MLFLOW_TRACKING_PASSWORD" not in os.environ
+
+    project.mlflow_yml("server: {credentials: two}")
+    assert project.run()["seen"].load() == ["t0p-other", None, None, "old"]
+
+    bootstrap_project(project.path)
+    with KedroSession.create(project_path=project.path) as session:
+        assert "t0p" not in repr(session.load_context().mlflow)  # type: ignore[attr-defined]
+    for file in [project.path / "mlflow.db", *project.path.glob("mlartifacts/**/*.*")]:
+        assert b"t0p-" not in file.read_bytes()
+    assert "t0p-" not in caplog.text
+
+
+def test_runs_that_overlap_take_back_only_their_own_credentials(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("BOTH", "before")
+    monkeypatch.delenv("FIRST", raising=False)
+
+    credentials.export("1", {"BOTH": "one", "FIRST": "one"})
+    credentials.export("2", {"BOTH": "two"})
+    credentials.take_back("1")
+    assert (os.environ["BOTH"], os.environ.get("FIRST")) == ("two", None)
+    credentials.take_back("2")
+    assert os.environ["BOTH"] == "before"
+
+
+def test_a_header_provider_is_registered_once_and_asked_for_every_request(
+    new_project: Callable[..., Project], server: CountingProxy
+) -> None:
+    project = new_project(tracking_backend="server", tracking_uri=server.uri)
+    project.pipeline(ONE_NODE)
+    project.parameters({"x": 1})
+    project.write(
+        f"src/{project.package}/headers.py",
+        """
+        import itertools
+        from mlflow.tracking.request_header.abstract_request_header_provider import (
+            RequestHeaderProvider,
+        )
+
+        class Token(RequestHeaderProvider):
+            made = 0
+
+            def __init__(self, prefix, kedro_context):
+                Token.made += 1
+                self.prefix, self.numbers = prefix, itertools.count()
+                self.project = kedro_context.project_path.name
+
+            def in_context(self):
+                return True
+
+            def request_headers(self):
+                return {"X-Token": f"{self.prefix}-{self.project}-{next(self.numbers)}"}
+        """,
+    )
+    project.mlflow_yml(
+        f"""
+        server:
+          request_header_provider:
+            type: {project.package}.headers.Token
+            pass_context: true
+            init_kwargs: {{prefix: bearer}}
+        """
+    )
+    server.headers.clear()
+
+    project.run()
+    project.run()
+
+    tokens = [headers.get("X-Token", "") for headers in server.headers]
+    assert len(tokens) == len(set(tokens)) > 6  # a new one for each request
+    assert all(token.startswith(f"bearer-{project.package}-") for token in tokens)
+    assert sys.modules[f"{project.package}.headers"].Token.made == 1
+    header_providers._registry.pop()
+
+
+@pytest.mark.parametrize("disabled", [True, False])
+def test_autologging_is_off_unless_mlflow_yml_leaves_it_on(
+    project: Project, disabled: bool
+) -> None:
+    project.pipeline(
+        """
+        from kedro.pipeline import Node, Pipeline
+        from sklearn.linear_model import LinearRegression
+
+        def fit():
+            return float(LinearRegression().fit([[0], [1]], [1, 3]).coef_[0])
+
+        def create_pipeline():
+            return Pipeline([Node(fit, None, "slope")])
+        """
+    )
+    project.mlflow_yml(
+        f"tracking: {{disable_tracking: {{disable_autologging: {str(disabled).lower()}}}}}"
+    )
+    mlflow.autolog(log_models=False)
+    try:
+        project.run()
+    finally:
+        mlflow.autolog(disable=True)
+
+    assert ("fit_intercept" in project.only_run().data.params) is not disabled
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_a_kedro_run_inside_of_a_node_is_a_child_when_nested(
+    project: Project, nested: bool
+) -> None:
+    project.pipeline(
+        """
+        from pathlib import Path
+        from kedro.framework.session import KedroSession
+        from kedro.pipeline import Node, Pipeline
+
+        def outer():
+            with KedroSession.create(project_path=Path(__file__).parents[4]) as session:
+                session.run(pipeline_names=["inner"])
+            return 1
+
+        def create_pipeline():
+            return Pipeline([Node(outer, None, "y")])
+        """
+    )
+    project.pipeline(ONE_NODE, name="inner")
+    project.parameters({"x": 1})
+    project.mlflow_yml(f"tracking: {{run: {{nested: {str(nested).lower()}}}}}")
+
+    project.run(pipeline_names=["work"])
+
+    runs = {run.info.run_name: run for run in project.all_runs()}
+    assert {name: run.info.status for name, run in runs.items()} == {
+        "work": "FINISHED",
+        "inner": "FINISHED",
+    }
+    parent = runs["inner"].data.tags.get("mlflow.parentRunId")
+    assert parent == (runs["work"].info.run_id if nested else None)
+
+
+def test_the_limit_of_a_parameter_can_be_set(project: Project) -> None:
+    project.pipeline(ONE_NODE)
+    project.parameters({"x": "abcdef"})
+    project.mlflow_yml("tracking: {params: {max_length: 3, long_params_strategy: truncate}}")
+
+    project.run()
+
+    assert project.only_run().data.params == {"x": "abc"}
 
 
 def test_without_mlflow_yml_a_run_is_tracked(project: Project) -> None:

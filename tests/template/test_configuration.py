@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 import pytest
 import yaml
 
-from runtime.config import MlflowConfig, parse
+from runtime.config import MlflowConfig
 
 from ..conftest import Generate
+from . import shipped_config
 from .conftest import read_toml
 
 SERVER = "https://mlflow.example.org"
@@ -43,6 +44,11 @@ def mlflow_yml(project: Project) -> str:
     return (project.folder / "conf/base/mlflow.yml").read_text("utf-8")
 
 
+@pytest.mark.parametrize("file", shipped_config.files(), ids=lambda file: file.name)
+def test_the_shipped_files_are_those_that_the_models_make(file: Path) -> None:
+    assert file.read_text("utf-8") == shipped_config.files()[file], "run `nox -s config`"
+
+
 def test_mlflow_yml_holds_every_key_with_its_default(project: Project) -> None:
     defaults = MlflowConfig().model_dump()
     defaults["server"]["mlflow_tracking_uri"] = project.tracking_uri
@@ -56,7 +62,7 @@ def test_mlflow_yml_holds_every_key_with_its_default(project: Project) -> None:
 
 
 def test_the_runtime_takes_mlflow_yml(project: Project) -> None:
-    config = parse(yaml.safe_load(mlflow_yml(project)))
+    config = MlflowConfig.model_validate(yaml.safe_load(mlflow_yml(project)))
 
     assert config.server.mlflow_tracking_uri == project.tracking_uri
     assert config.tracking.experiment.name == "penguin_study"
@@ -68,7 +74,7 @@ def test_the_runtime_takes_the_mlflow_yml_of_other_environments(
 ) -> None:
     path = project.folder / "conf" / environment / "mlflow.yml"
 
-    assert parse(yaml.safe_load(path.read_text("utf-8")))
+    assert MlflowConfig.model_validate(yaml.safe_load(path.read_text("utf-8")))
 
 
 def values(node: yaml.MappingNode) -> Iterator[yaml.Node]:

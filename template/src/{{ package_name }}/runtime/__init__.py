@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .config import ConfigError, MlflowConfig
+    from .config import MlflowConfig
     from .datasets.artifacts import MlflowArtifactDataset
     from .datasets.metrics import (
         MlflowMetricDataset,
@@ -20,10 +20,11 @@ if TYPE_CHECKING:
     )
     from .datasets.models import MlflowModelRegistryDataset, MlflowModelTrackingDataset
     from .hooks import MlflowHook
+    from .loading import ConfigError
     from .resolvers import random_name
 
 _MODULES = {
-    "ConfigError": "config",
+    "ConfigError": "loading",
     "MlflowConfig": "config",
     "MlflowHook": "hooks",
     "MlflowArtifactDataset": "datasets.artifacts",

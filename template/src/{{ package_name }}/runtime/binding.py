@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 from kedro.framework import project
 
 from . import params, provenance, tracking
-from .config import ConfigError, MlflowConfig, package_name
+from .config import MlflowConfig
 from .datasets.tracked import TrackedDataset
+from .loading import ConfigError, package_name, read_credentials, register_header_provider
 
 if TYPE_CHECKING:
     from kedro.framework.context import KedroContext
@@ -75,13 +76,15 @@ def track(
     run = None
     if not set(names) <= set(config.tracking.disable_tracking.pipelines):
         logged, tags = _parameters(config, pipeline, catalog)
+        variables = read_credentials(context)
+        register_header_provider(context)
         run = tracking.start(
             server,
-            config.tracking.experiment,
+            config.tracking,
             name=config.tracking.run.name or "+".join(names),
-            continued=config.tracking.run.id,
             params=logged,
             tags={**_tags(config, context, run_params), **tags},
+            variables=variables,
         )
         catalog[ENTRY] = Binding(run, package_name(context))
 
@@ -116,7 +119,9 @@ def _parameters(
     texts = {name: str(value) for name, value in params.rename(values).items()}
     try:
         return params.split_long(
-            texts, limit=tracking.parameter_limit(), strategy=options.long_params_strategy
+            texts,
+            limit=options.max_length or tracking.parameter_limit(),
+            strategy=options.long_params_strategy,
         )
     except ValueError as error:
         raise ConfigError(

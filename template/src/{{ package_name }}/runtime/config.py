@@ -1,91 +1,144 @@
-"""Read `mlflow.yml` into one validated, frozen configuration."""
+"""The keys of `mlflow.yml`, each with its type, its default and what it is for.
+
+The commented file and the JSON Schema that projects carry are made from these models.
+"""
 
 from __future__ import annotations
 
-import os
-import re
-from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import TYPE_CHECKING, Any, Literal
+import json
+import textwrap
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal
 
-import click
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-
-if TYPE_CHECKING:
-    from kedro.framework.context import KedroContext
-
-_SECRETS = (
-    "*password",
-    "*passwd",
-    "*secret",
-    "*token",
-    "*api_key",
-    "*apikey",
-    "*access_key",
-    "*secret_key",
-    "*private_key",
-    "*credentials",
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 
-_SQLITE_FILE = re.compile(r"(?P<scheme>sqlite(\+\w+)?:///)(?P<path>(?!:memory:)[^?]+)")
+def _as_text(value: Any) -> Any:
+    """Take a number for a text: `--params run_name=7` arrives as one."""
+    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
-class ConfigError(click.ClickException):
-    """A mistake in the configuration, told in one sentence; `kedro` ends with exit status 1."""
+def _as_number(value: Any) -> Any:
+    """Take a number that is written as a text for one."""
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
+
+
+Text = Annotated[str, BeforeValidator(_as_text)]
 
 
 class _Options(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _empty(cls, value: Any) -> Any:
+        """Take a group whose keys are all commented out for one with the defaults."""
+        return {} if value is None else value
+
+
+class RequestHeaderProviderOptions(_Options):
+    """A class that adds headers to each request, for tokens that expire."""
+
+    type: str | None = Field(
+        default=None, description="Import path of an MLflow RequestHeaderProvider; null is none."
+    )
+    pass_context: bool = Field(
+        default=False, description="Give it the Kedro context, as the argument kedro_context."
+    )
+    init_kwargs: dict[str, Any] = Field(
+        default_factory=dict, description="Other arguments to make it with."
+    )
+
 
 class ServerOptions(_Options):
     """Where runs and models are kept."""
 
-    mlflow_tracking_uri: str | None = None
-    mlflow_registry_uri: str | None = None
+    mlflow_tracking_uri: str | None = Field(
+        default=None,
+        description="Where runs are kept; null is MLFLOW_TRACKING_URI, else sqlite:///mlflow.db "
+        "in this project.",
+    )
+    mlflow_registry_uri: str | None = Field(
+        default=None, description="Where registered models are kept; null is with the runs."
+    )
+    credentials: str | None = Field(
+        default=None,
+        description="Entry of credentials.yml whose keys become environment variables for the run.",
+    )
+    request_header_provider: RequestHeaderProviderOptions = RequestHeaderProviderOptions()
 
 
 class DisableTrackingOptions(_Options):
     """What is not tracked."""
 
-    pipelines: list[str] = Field(default_factory=list)
+    pipelines: list[str] = Field(
+        default_factory=list, description="Pipelines that run without being tracked."
+    )
+    disable_autologging: bool = Field(
+        default=True, description="Switch off what mlflow.autolog() has switched on."
+    )
 
 
 class CreateExperimentOptions(_Options):
     """How the experiment is made when it doesn't exist."""
 
-    artifact_location: str | None = None
-    tags: dict[str, str] | None = None
+    artifact_location: str | None = Field(
+        default=None,
+        description="Where files go; null is the server's choice, or a folder beside mlflow.db.",
+    )
+    tags: dict[str, Text] | None = Field(default=None, description="Tags of the experiment.")
 
 
 class ExperimentOptions(_Options):
     """The experiment that runs belong to."""
 
-    name: str | None = None
+    name: Text | None = Field(
+        default=None, description="The experiment that runs belong to; null is the package's name."
+    )
     create_experiment_kwargs: CreateExperimentOptions = CreateExperimentOptions()
-    restore_if_deleted: bool = True
+    restore_if_deleted: bool = Field(
+        default=True, description="Bring the experiment back when it has been deleted."
+    )
 
 
 class RunOptions(_Options):
-    """The run itself: `id` continues a run that exists."""
+    """The run itself."""
 
-    id: str | None = None
-    name: str | None = None
+    id: Text | None = Field(default=None, description="Continue the run with this id.")
+    name: Text | None = Field(
+        default=None,
+        description="Name of the run; null is the pipeline's name. ${km.random_name:} makes one "
+        "up.",
+    )
+    nested: bool = Field(
+        default=True, description="Make a Kedro run that a node starts a child of the run it is in."
+    )
 
 
 class DictParamsOptions(_Options):
     """How dictionaries among the parameters are logged."""
 
-    flatten: bool = False
-    recursive: bool = True
-    sep: str = "."
+    flatten: bool = Field(
+        default=False, description="Log each entry of a dictionary as a parameter of its own."
+    )
+    recursive: bool = Field(
+        default=True, description="Also the entries of dictionaries in dictionaries."
+    )
+    sep: str = Field(default=".", description="What stands between the names.")
 
 
 class ParamsOptions(_Options):
     """How parameters are logged."""
 
     dict_params: DictParamsOptions = DictParamsOptions()
-    long_params_strategy: Literal["fail", "truncate", "tag"] = "fail"
+    long_params_strategy: Literal["fail", "truncate", "tag"] = Field(
+        default="fail",
+        description="A value longer than MLflow takes: fail, truncate, or tag (set it as a tag "
+        "instead).",
+    )
+    max_length: Annotated[int, Field(gt=0)] | None = Field(
+        default=None, description="How long a value may be; null is MLflow's own limit."
+    )
 
 
 class TrackingOptions(_Options):
@@ -95,14 +148,30 @@ class TrackingOptions(_Options):
     experiment: ExperimentOptions = ExperimentOptions()
     run: RunOptions = RunOptions()
     params: ParamsOptions = ParamsOptions()
-    redact: list[str] = Field(default_factory=lambda: list(_SECRETS))
+    redact: list[str] = Field(
+        default_factory=lambda: [
+            "*password",
+            "*passwd",
+            "*secret",
+            "*token",
+            "*api_key",
+            "*apikey",
+            "*access_key",
+            "*secret_key",
+            "*private_key",
+            "*credentials",
+        ],
+        description="Values with such a name are stored as ***.",
+    )
 
 
 class UiOptions(_Options):
-    """Where `kedro mlflow ui` listens; without a port it takes a free one."""
+    """Where `kedro mlflow ui` listens."""
 
-    host: str = "127.0.0.1"
-    port: int | str | None = None
+    host: str = Field(default="127.0.0.1", description="Where `kedro mlflow ui` listens.")
+    port: Annotated[int, Field(gt=0, lt=65536), BeforeValidator(_as_number)] | None = Field(
+        default=None, description="At which port; null takes a free one."
+    )
 
 
 class MlflowConfig(_Options):
@@ -113,120 +182,63 @@ class MlflowConfig(_Options):
     ui: UiOptions = UiOptions()
 
 
-def load_config(context: KedroContext) -> MlflowConfig:
-    """Read `mlflow.yml` of the context's environment, with every URI and name made complete.
+_ABOUT = (
+    "# How runs are tracked. An environment changes single keys in its own conf/<env>/mlflow.yml."
+)
 
-    Without the file the defaults hold: the embedded store `mlflow.db` in the project's folder,
-    and the package's name as the experiment's.
 
-    Raises:
-        ConfigError: When the file has an unknown key or a wrong value.
+def commented_yaml(
+    written: Mapping[str, str] | None = None, schema: str = "mlflow.schema.json"
+) -> str:
+    """Write every key with its default and a comment.
+
+    Args:
+        written: What to write instead of the default, by dotted key.
+        schema: Path of the JSON Schema from the file, for editors.
     """
-    from kedro.config import MissingConfigException
-
-    try:
-        written = context.config_loader["mlflow"]
-    except MissingConfigException:
-        written = {}
-    config = parse(written)
-
-    tracking_uri = anchor_uri(
-        config.server.mlflow_tracking_uri
-        or os.environ.get("MLFLOW_TRACKING_URI")
-        or "sqlite:///mlflow.db",
-        context.project_path,
+    groups = (
+        "\n".join([f"{name}:", *_lines(field.default, f"{name}.", written or {})])
+        for name, field in MlflowConfig.model_fields.items()
     )
-    experiment = config.tracking.experiment
-    location = experiment.create_experiment_kwargs.artifact_location or _artifact_folder(
-        tracking_uri
-    )
-
-    return config.model_copy(
-        update={
-            "server": ServerOptions(
-                mlflow_tracking_uri=tracking_uri,
-                mlflow_registry_uri=anchor_uri(
-                    config.server.mlflow_registry_uri or tracking_uri, context.project_path
-                ),
-            ),
-            "tracking": config.tracking.model_copy(
-                update={
-                    "experiment": experiment.model_copy(
-                        update={
-                            "name": experiment.name or package_name(context),
-                            "create_experiment_kwargs": CreateExperimentOptions(
-                                artifact_location=location
-                                and anchor_uri(location, context.project_path),
-                                tags=experiment.create_experiment_kwargs.tags,
-                            ),
-                        }
-                    )
-                }
-            ),
-        }
-    )
+    return f"# yaml-language-server: $schema={schema}\n{_ABOUT}\n\n" + "\n\n".join(groups) + "\n"
 
 
-def package_name(context: KedroContext) -> str:
-    """Name the project's package; contexts of Kedro 1.0 don't always have it."""
-    from kedro.framework import project
-
-    return context._package_name or project.PACKAGE_NAME or context.project_path.name
-
-
-def parse(written: dict[str, Any]) -> MlflowConfig:
-    """Validate what `mlflow.yml` says.
-
-    Raises:
-        ConfigError: With one line for each unknown key and wrong value.
-    """
-    try:
-        return MlflowConfig.model_validate(written)
-    except ValidationError as error:
-        lines = (
-            f"mlflow.yml: {'.'.join(map(str, problem['loc']))}: "
-            + (
-                "unknown key"
-                if problem["type"] == "extra_forbidden"
-                else f"{problem['msg']}, got {problem['input']!r}"
-            )
-            for problem in error.errors()
+def _lines(
+    options: _Options, path: str, written: Mapping[str, str], depth: int = 1
+) -> Iterator[str]:
+    indent = "  " * depth
+    for name, field in type(options).model_fields.items():
+        value = getattr(options, name)
+        if isinstance(value, _Options):
+            yield f"{indent}{name}:"
+            yield from _lines(value, f"{path}{name}.", written, depth + 1)
+            continue
+        yield from textwrap.wrap(
+            field.description or "",
+            98,
+            initial_indent=f"{indent}# ",
+            subsequent_indent=f"{indent}# ",
         )
-        raise ConfigError("\n".join(lines)) from error
+        text = written.get(path + name) or json.dumps(value)
+        if text == json.dumps(value) and value and isinstance(value, list):
+            yield f"{indent}{name}:"
+            yield from (f"{indent}  - {json.dumps(item)}" for item in value)
+        else:
+            yield f"{indent}{name}: {text}"
 
 
-def _artifact_folder(tracking_uri: str) -> str | None:
-    """Say where the artifacts go by default: beside a SQLite file, or where a server decides.
-
-    For a database MLflow's own default is a folder of the working directory.
-    """
-    if not is_database(tracking_uri):
-        return None
-    file = sqlite_file(tracking_uri)
-    return file.with_name("mlartifacts").as_uri() if file else "mlartifacts"
-
-
-def sqlite_file(uri: str) -> Path | None:
-    """Give the file of a `sqlite:///` URI; None for any other URI."""
-    found = _SQLITE_FILE.match(uri)
-    return Path(found["path"]) if found else None
-
-
-def is_database(uri: str) -> bool:
-    """Tell whether a tracking URI names a database, which clients of the store open directly."""
-    return uri.split(":", 1)[0].split("+", 1)[0] in {"sqlite", "postgresql", "mysql", "mssql"}
-
-
-def anchor_uri(uri: str, project_path: Path) -> str:
-    """Make a relative path or `sqlite:///` URI start at the project's folder.
-
-    Other URIs, and the words `databricks` and `databricks-uc`, stay as they are.
-    """
-    if found := _SQLITE_FILE.match(uri):
-        path = found["path"]
-        if PurePosixPath(path).is_absolute() or PureWindowsPath(path).drive:
-            return uri
-        return f"{found['scheme']}{(project_path / path).as_posix()}{uri[found.end() :]}"
-    if uri.startswith("databricks") or re.match(r"[\w+.-]{2,}:", uri):
-        return uri
-    return (project_path / uri).as_uri()
+def json_schema() -> dict[str, Any]:
+    """Describe `mlflow.yml` for editors; each value may also be an interpolation, `${…}`."""
+    schema = MlflowConfig.model_json_schema()
+    for group in (schema, *schema["$defs"].values()):
+        for name, field in group["properties"].items():
+            if "$ref" in field:
+                continue
+            about = {key: field.pop(key) for key in ("description", "default") if key in field}
+            field.pop("title", None)
+            interpolation = {"type": "string", "pattern": r"^\$\{.*\}$"}
+            kinds = field.get("anyOf", [field])
+            if {"type": "string"} not in kinds:
+                field = {"anyOf": [*kinds, interpolation]}
+            group["properties"][name] = {**field, **about}
+    return schema

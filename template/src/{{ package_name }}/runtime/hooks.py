@@ -28,7 +28,7 @@ class MlflowHook:
     @hook_impl
     def after_context_created(self, context: KedroContext) -> None:
         """Read `mlflow.yml` and offer it as `context.mlflow`."""
-        from .config import load_config
+        from .loading import load_config
 
         context.mlflow = load_config(context)  # type: ignore[attr-defined]
         _context.set(context)

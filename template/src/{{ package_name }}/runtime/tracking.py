@@ -14,19 +14,20 @@ import time
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 from uuid import uuid4
 
-from .config import sqlite_file
+from . import credentials
+from .loading import sqlite_file
 
 if TYPE_CHECKING:
     from mlflow import ActiveRun, MlflowClient
     from mlflow.entities import Experiment, Metric, Run
 
-    from .config import ExperimentOptions
+    from .config import ExperimentOptions, TrackingOptions
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +86,8 @@ class RunHandle:
     """A run, named by strings alone: it pickles, and logs to the same run from any process.
 
     `attached` marks a run that somebody else opened and will end. `fresh` marks one that was
-    made for this Kedro run, so that nothing can have been logged to it before.
+    made for this Kedro run, so that nothing can have been logged to it before; `exported` names
+    its credentials in the environment of the process that started it.
     """
 
     server: Server
@@ -95,6 +97,7 @@ class RunHandle:
     name: str = ""
     attached: bool = False
     fresh: bool = False
+    exported: str = ""
 
     def log_params(self, params: Mapping[str, str]) -> None:
         """Log parameters, at most 100 a request (MLflow's limit)."""
@@ -195,9 +198,12 @@ class RunHandle:
             raise
         finally:
             _forget(self)
-            if not self.attached:
-                self.server.client.set_terminated(self.run_id, status)
-                logger.info("MLflow run '%s' (%s) %s", self.name, self.run_id, status)
+            try:
+                if not self.attached:
+                    self.server.client.set_terminated(self.run_id, status)
+                    logger.info("MLflow run '%s' (%s) %s", self.name, self.run_id, status)
+            finally:
+                credentials.take_back(self.exported)
 
     def report_error(self, error: BaseException, node: str | None = None) -> None:
         """Say in tags and in the artifact `traceback.txt` why the run fails."""
@@ -290,46 +296,26 @@ def _kill_unfinished() -> None:
 
 def start(
     server: Server,
-    experiment: ExperimentOptions,
+    options: TrackingOptions,
     *,
     name: str,
-    continued: str | None,
     params: Mapping[str, str],
     tags: Mapping[str, str],
+    variables: Mapping[str, str],
 ) -> RunHandle:
     """Open the run of a pipeline with all its parameters and tags.
 
     That is the run already active in this thread, the one that `MLFLOW_RUN_ID` names (both are
-    left to their owners to end), the one that `continued` names, or a new one.
+    left to their owners to end), the one that `tracking.run.id` names, or a new one. `variables`
+    are in the environment until the run ends.
     """
-    import mlflow
-
-    run: Run
-    if active := mlflow.active_run():
-        run, how = active, {"attached": True}
-        server = Server(mlflow.get_tracking_uri(), mlflow.get_registry_uri())
-    else:
-        _prepare(server, experiment)
-        server.use()
-        if given := os.environ.get("MLFLOW_RUN_ID"):
-            run, how = server.client.get_run(given), {"attached": True}
-        elif continued:
-            server.client.update_run(continued, status="RUNNING")
-            run, how = server.client.get_run(continued), {}
-        else:
-            run = server.client.create_run(
-                _experiment_id(server, experiment), tags=_fitting(tags), run_name=name
-            )
-            how = {"fresh": True}
-
-    handle = RunHandle(
-        server=server,
-        run_id=run.info.run_id,
-        experiment_id=run.info.experiment_id,
-        artifact_uri=run.info.artifact_uri or "",
-        name=run.info.run_name or name,
-        **how,
-    )
+    exported = uuid4().hex
+    credentials.export(exported, variables)
+    try:
+        handle = replace(_open(server, options, name, tags), exported=exported)
+    except BaseException:
+        credentials.take_back(exported)
+        raise
     _started[os.getpid(), handle.run_id] = handle
     try:
         if not handle.fresh:
@@ -345,9 +331,49 @@ def start(
         handle.name,
         handle.run_id,
         "attached to" if handle.attached else "started",
-        server.tracking_uri,
+        handle.server.tracking_uri,
     )
     return handle
+
+
+def _open(
+    server: Server, options: TrackingOptions, name: str, tags: Mapping[str, str]
+) -> RunHandle:
+    import mlflow
+
+    if options.disable_tracking.disable_autologging:
+        mlflow.autolog(disable=True)
+    active = mlflow.active_run()
+    # A node that starts a Kedro run of its own is in a run of ours.
+    outer = active if active and (os.getpid(), active.info.run_id) in _started else None
+    if active and not outer:
+        server = Server(mlflow.get_tracking_uri(), mlflow.get_registry_uri())
+        return _handle(server, active, attached=True)
+    _prepare(server, options.experiment)
+    server.use()
+    if outer:
+        parent = {"mlflow.parentRunId": outer.info.run_id} if options.run.nested else {}
+        tags = {**tags, **parent}
+    elif given := os.environ.get("MLFLOW_RUN_ID"):
+        return _handle(server, server.client.get_run(given), attached=True)
+    elif continued := options.run.id:
+        server.client.update_run(continued, status="RUNNING")
+        return _handle(server, server.client.get_run(continued))
+    experiment = _experiment_id(server, options.experiment)
+    run = server.client.create_run(experiment, tags=_fitting(tags), run_name=name)
+    return _handle(server, run, fresh=True)
+
+
+def _handle(server: Server, run: Run, *, attached: bool = False, fresh: bool = False) -> RunHandle:
+    return RunHandle(
+        server=server,
+        run_id=run.info.run_id,
+        experiment_id=run.info.experiment_id,
+        artifact_uri=run.info.artifact_uri or "",
+        name=run.info.run_name or "",
+        attached=attached,
+        fresh=fresh,
+    )
 
 
 def attach(server: Server | None = None, run_id: str | None = None) -> RunHandle | None:
@@ -357,15 +383,8 @@ def attach(server: Server | None = None, run_id: str | None = None) -> RunHandle
     server = server or Server(mlflow.get_tracking_uri(), mlflow.get_registry_uri())
     if run_id:
         return RunHandle(server, run_id, experiment_id="", artifact_uri="", attached=True)
-    if run := mlflow.active_run():
-        return RunHandle(
-            server,
-            run.info.run_id,
-            experiment_id=run.info.experiment_id,
-            artifact_uri=run.info.artifact_uri or "",
-            attached=True,
-        )
-    return None
+    run = mlflow.active_run()
+    return _handle(server, run, attached=True) if run else None
 
 
 def parameter_limit() -> int:

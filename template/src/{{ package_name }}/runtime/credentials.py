@@ -1,0 +1,68 @@
+"""How requests prove who sends them: environment variables, and headers from a provider."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kedro.framework.context import KedroContext
+
+    from .config import RequestHeaderProviderOptions
+
+# What each variable was before the first run that exports it, and what each running run wants.
+# Runs in one process may overlap, and the last one to end puts everything back.
+_before: dict[str, str | None] = {}
+_wanted: dict[str, Mapping[str, str]] = {}
+_lock = Lock()
+
+
+def export(run_id: str, variables: Mapping[str, str]) -> None:
+    """Set environment variables for a run."""
+    with _lock:
+        _wanted[run_id] = variables
+        for name, value in variables.items():
+            _before.setdefault(name, os.environ.get(name))
+            os.environ[name] = value
+
+
+def take_back(run_id: str) -> None:
+    """Put back what the variables of a run were, unless another run still wants them."""
+    with _lock:
+        for name in _wanted.pop(run_id, {}):
+            still = [variables[name] for variables in _wanted.values() if name in variables]
+            value = still[-1] if still else _before.pop(name)
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+_registered: set[str] = set()
+
+
+def register_header_provider(options: RequestHeaderProviderOptions, context: KedroContext) -> None:
+    """Let MLflow ask the provider of `mlflow.yml` for headers, registered once in a process.
+
+    Raises:
+        TypeError: When the class is not a `RequestHeaderProvider` of MLflow.
+        Exception: What the import or the making of the class raises.
+    """
+    if options.type is None or (known := options.model_dump_json()) in _registered:
+        return
+    from kedro.utils import load_obj
+    from mlflow.tracking.request_header.abstract_request_header_provider import (
+        RequestHeaderProvider,
+    )
+    from mlflow.tracking.request_header.registry import _request_header_provider_registry
+
+    provider = load_obj(options.type)
+    if not (isinstance(provider, type) and issubclass(provider, RequestHeaderProvider)):
+        raise TypeError(f"{options.type} is not a subclass of MLflow's RequestHeaderProvider")
+    arguments: dict[str, Any] = dict(options.init_kwargs)
+    if options.pass_context:
+        arguments["kedro_context"] = context
+    _request_header_provider_registry.register(lambda: provider(**arguments))
+    _registered.add(known)

@@ -1,0 +1,331 @@
+"""Read `mlflow.yml` of a context: through Kedro's config loader, checked, with whole URIs."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator
+from difflib import get_close_matches
+from importlib.metadata import version
+from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from . import credentials
+from .config import MlflowConfig
+
+if TYPE_CHECKING:
+    from kedro.framework.context import KedroContext
+
+_Model = TypeVar("_Model", bound=BaseModel)
+
+_SQLITE_FILE = re.compile(r"(?P<scheme>sqlite(\+\w+)?:///)(?P<path>(?!:memory:)[^?]+)")
+
+_EXPECTED = {
+    "bool_type": "expected true or false",
+    "string_type": "expected a text",
+    "int_type": "expected a whole number",
+    "list_type": "expected a list",
+    "dict_type": "expected keys with values",
+    "model_type": "expected keys with values",
+}
+
+
+class ConfigError(click.ClickException):
+    """Mistakes in the configuration, one sentence a line; `kedro` ends with exit status 1."""
+
+
+def load_config(context: KedroContext) -> MlflowConfig:
+    """Read `mlflow.yml` of the context's environment, with every URI and name made complete.
+
+    Without the file the defaults hold: the embedded store `mlflow.db` in the project's folder,
+    and the package's name as the experiment's.
+
+    Raises:
+        ConfigError: With one line for each mistake, when the file has any.
+    """
+    sources = _Sources(context)
+    config = sources.check(sources.read())
+    project = context.project_path
+
+    tracking_uri = anchor_uri(
+        config.server.mlflow_tracking_uri
+        or os.environ.get("MLFLOW_TRACKING_URI")
+        or "sqlite:///mlflow.db",
+        project,
+    )
+    registry_uri = anchor_uri(config.server.mlflow_registry_uri or tracking_uri, project)
+    for key, uri in (("mlflow_tracking_uri", tracking_uri), ("mlflow_registry_uri", registry_uri)):
+        if uri.startswith("file:") and not _takes_file_store():
+            raise ConfigError(
+                f"{sources.where(('server', key))}: server.{key}: MLflow no longer keeps runs in "
+                f"a folder, got {uri!r}. Write sqlite:///mlflow.db, or set the environment "
+                "variable MLFLOW_ALLOW_FILE_STORE=true."
+            )
+    experiment = config.tracking.experiment
+    location = experiment.create_experiment_kwargs.artifact_location or _artifact_folder(
+        tracking_uri
+    )
+    experiment = _changed(
+        experiment,
+        name=experiment.name or package_name(context),
+        create_experiment_kwargs=_changed(
+            experiment.create_experiment_kwargs,
+            artifact_location=location and anchor_uri(location, project),
+        ),
+    )
+    server = _changed(
+        config.server, mlflow_tracking_uri=tracking_uri, mlflow_registry_uri=registry_uri
+    )
+    return _changed(
+        config, server=server, tracking=_changed(config.tracking, experiment=experiment)
+    )
+
+
+def read_credentials(context: KedroContext) -> dict[str, str]:
+    """Read the entry of credentials.yml that `server.credentials` names, as texts.
+
+    Raises:
+        ConfigError: When there is no such entry, or it is not one of names and plain values.
+    """
+    name = context.mlflow.server.credentials  # type: ignore[attr-defined]
+    if name is None:
+        return {}
+    entries = context._get_config_credentials()
+    where = f"{_Sources(context).where(('server', 'credentials'))}: server.credentials"
+    if name not in entries:
+        known = ", ".join(sorted(map(str, entries))) or "none"
+        raise ConfigError(f"{where}: credentials.yml has no entry {name!r}; its entries: {known}")
+    entry = entries[name]
+    if not isinstance(entry, dict) or any(isinstance(v, dict | list) for v in entry.values()):
+        raise ConfigError(
+            f"{where}: the entry {name!r} has to be environment variables, NAME: value"
+        )
+    return {str(key): _plain(value) for key, value in entry.items() if value is not None}
+
+
+def _plain(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def register_header_provider(context: KedroContext) -> None:
+    """Register the provider that `server.request_header_provider` describes.
+
+    Raises:
+        ConfigError: When it can't be imported or made.
+    """
+    options = context.mlflow.server.request_header_provider  # type: ignore[attr-defined]
+    try:
+        credentials.register_header_provider(options, context)
+    except Exception as error:
+        where = _Sources(context).where(("server", "request_header_provider", "type"))
+        raise ConfigError(f"{where}: server.request_header_provider: {error}") from error
+
+
+def _changed(options: _Model, **update: Any) -> _Model:
+    return options.model_copy(update=update)
+
+
+def package_name(context: KedroContext) -> str:
+    """Name the project's package; contexts of Kedro 1.0 don't always have it."""
+    from kedro.framework import project
+
+    return context._package_name or project.PACKAGE_NAME or context.project_path.name
+
+
+class _Sources:
+    """The files that a configuration comes from: where to read it, and where a mistake stands."""
+
+    def __init__(self, context: KedroContext) -> None:
+        self._loader: Any = context.config_loader
+        self._project = context.project_path
+
+    def read(self) -> Any:
+        """Merge and resolve the files as Kedro does; nothing where there are none."""
+        from kedro.config import MissingConfigException
+        from omegaconf.errors import OmegaConfBaseException
+
+        if "mlflow" not in self._loader.config_patterns:
+            raise ConfigError(
+                "settings.py: CONFIG_LOADER_ARGS: config_patterns has no entry for mlflow.yml, "
+                'expected "mlflow": ["mlflow*.y*ml", "**/mlflow*.y*ml"].'
+            )
+        for file in self._files():
+            self._check_syntax(file)
+        try:
+            return self._loader["mlflow"]
+        except MissingConfigException:
+            return {}
+        except OmegaConfBaseException as error:
+            key = tuple(str(error.full_key or "").split("."))
+            reason = str(error).splitlines()[0]
+            raise ConfigError(f"{self.where(key)}: {'.'.join(key)}: {reason}") from error
+        except ValueError as error:  # the same key in two files of an environment
+            raise ConfigError(f"{self.where(())}: {error}") from error
+
+    def check(self, written: Any) -> MlflowConfig:
+        """Make the configuration, or tell every mistake with file, line, key and value."""
+        try:
+            return MlflowConfig.model_validate(written)
+        except ValidationError as error:
+            lines = [
+                f"{self.where(problem['loc'])}: {_key(problem['loc'])}: {_mistake(problem)}"
+                for problem in error.errors()
+            ]
+            raise ConfigError("\n".join(lines)) from error
+
+    def where(self, key: tuple[int | str, ...]) -> str:
+        """Name the file and line that give a key its value; the environment's file goes first."""
+        files = self._files()
+        for file in files:
+            if line := _line(yaml.compose(file.read_text("utf-8")), key):
+                return f"{self._shown(file)}:{line}"
+        return self._shown(files[0]) if files else "mlflow.yml"
+
+    def _files(self) -> list[Path]:
+        loader = self._loader
+        folders = [
+            Path(loader.conf_source, env)
+            for env in (loader.env or loader.default_run_env, loader.base_env)
+        ]
+        found = {
+            file: None
+            for folder in folders
+            for pattern in loader.config_patterns["mlflow"]
+            for file in sorted(folder.glob(pattern))
+            if file.suffix in (".yml", ".yaml")
+        }
+        return list(found)
+
+    def _check_syntax(self, file: Path) -> None:
+        try:
+            top = yaml.compose(file.read_text("utf-8"))
+        except yaml.MarkedYAMLError as error:
+            line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+            raise ConfigError(f"{self._shown(file)}{line}: {error.problem}") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(f"{self._shown(file)}: {reason}") from error
+        if not (top is None or isinstance(top, yaml.MappingNode)):
+            raise ConfigError(f"{self._shown(file)}:1: expected keys with values")
+
+    def _shown(self, file: Path) -> str:
+        if file.is_relative_to(self._project):
+            file = file.relative_to(self._project)
+        return file.as_posix()
+
+
+def written_values(files: Iterable[Path]) -> dict[str, str]:
+    """Collect what files say of each key, as it stands there; the first file goes first."""
+    values: dict[str, str] = {}
+    for file in files:
+        top = yaml.compose(file.read_text("utf-8")) if file.exists() else None
+        for key in _keys(MlflowConfig):
+            node: yaml.Node | None = top
+            for name in key.split("."):
+                entries = node.value if isinstance(node, yaml.MappingNode) else []
+                node = next((value for known, value in entries if known.value == name), None)
+            if node is not None:
+                value = yaml.safe_load(yaml.serialize(node))
+                values.setdefault(key, json.dumps(value, ensure_ascii=False))
+    return values
+
+
+def _line(node: yaml.Node | None, key: tuple[int | str, ...]) -> int | None:
+    """Find the line of a key, counted from 1; None where the file doesn't have it."""
+    line = None
+    for part in key:
+        if isinstance(node, yaml.MappingNode):
+            entries = {name.value: (name, value) for name, value in node.value}
+            if str(part) not in entries:
+                return None
+            name, node = entries[str(part)]
+            line = name.start_mark.line + 1
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int):
+            node = node.value[part]
+            line = node.start_mark.line + 1
+        else:
+            break  # the value is an interpolation: its line is the key's
+    return line
+
+
+def _key(key: tuple[int | str, ...]) -> str:
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in key)
+    return text.removeprefix(".")
+
+
+def _mistake(problem: Any) -> str:
+    kind, shown = problem["type"], repr(problem["input"])
+    if kind == "extra_forbidden":
+        return f"unknown key, {_nearest(problem['loc'])}"
+    expected = _EXPECTED.get(kind) or problem["msg"].replace("Input should be", "expected")
+    return f"{expected}, got {shown if len(shown) <= 60 else shown[:59] + '…'}"
+
+
+def _nearest(key: tuple[int | str, ...]) -> str:
+    """Say which key was meant, or which there are."""
+    *path, wrong = map(str, key)
+    group: type[BaseModel] = MlflowConfig
+    for name in path:
+        group = type(group.model_fields[name].default)
+    if close := get_close_matches(wrong, group.model_fields, n=1):
+        return f"did you mean {close[0]!r}?"
+    elsewhere = [known for known in _keys(MlflowConfig) if known.rpartition(".")[2] == wrong]
+    if elsewhere:
+        return f"did you mean {elsewhere[0]!r}?"
+    return f"expected one of {', '.join(group.model_fields)}"
+
+
+def _keys(group: type[BaseModel], path: str = "") -> Iterator[str]:
+    for name, field in group.model_fields.items():
+        yield f"{path}{name}"
+        if isinstance(field.default, BaseModel):
+            yield from _keys(type(field.default), f"{path}{name}.")
+
+
+def _artifact_folder(tracking_uri: str) -> str | None:
+    """Say where the artifacts go by default: beside a SQLite file, or where a server decides.
+
+    For a database MLflow's own default is a folder of the working directory.
+    """
+    if not is_database(tracking_uri):
+        return None
+    file = sqlite_file(tracking_uri)
+    return file.with_name("mlartifacts").as_uri() if file else "mlartifacts"
+
+
+def sqlite_file(uri: str) -> Path | None:
+    """Give the file of a `sqlite:///` URI; None for any other URI."""
+    found = _SQLITE_FILE.match(uri)
+    return Path(found["path"]) if found else None
+
+
+def is_database(uri: str) -> bool:
+    """Tell whether a tracking URI names a database, which clients of the store open directly."""
+    return uri.split(":", 1)[0].split("+", 1)[0] in {"sqlite", "postgresql", "mysql", "mssql"}
+
+
+def anchor_uri(uri: str, project_path: PurePath) -> str:
+    """Make a relative path or `sqlite:///` URI start at the project's folder.
+
+    Other URIs, and the words `databricks` and `databricks-uc`, stay as they are.
+    """
+    if found := _SQLITE_FILE.match(uri):
+        path = found["path"]
+        if PurePosixPath(path).is_absolute() or PureWindowsPath(path).drive:
+            return uri
+        return f"{found['scheme']}{(project_path / path).as_posix()}{uri[found.end() :]}"
+    if uri.startswith("databricks") or re.match(r"[\w+.-]{2,}:", uri):
+        return uri
+    return (project_path / uri).as_uri()
+
+
+def _takes_file_store() -> bool:
+    """Tell whether MLflow still opens a folder as a store: by default not from 3.13 on."""
+    installed = tuple(int(part) for part in version("mlflow").split(".")[:2])
+    allowed = os.environ.get("MLFLOW_ALLOW_FILE_STORE", "").lower() in ("true", "1")
+    return installed < (3, 13) or allowed
