@@ -264,6 +264,50 @@ def test_a_header_provider_is_registered_once_and_asked_for_every_request(
     header_providers._registry.pop()
 
 
+def test_the_requests_of_spawned_workers_have_the_providers_headers_too(
+    new_project: Callable[..., Project], server: CountingProxy
+) -> None:
+    project = new_project(tracking_backend="server", tracking_uri=server.uri)
+    project.pipeline(
+        """
+        import mlflow
+        from kedro.pipeline import Node, Pipeline
+
+        def log():
+            mlflow.log_metric("m", 1)
+            return 1
+
+        def create_pipeline():
+            return Pipeline([Node(log, None, "y")])
+        """
+    )
+    project.write(
+        f"src/{project.package}/headers.py",
+        """
+        from mlflow.tracking.request_header.abstract_request_header_provider import (
+            RequestHeaderProvider,
+        )
+
+        class Token(RequestHeaderProvider):
+            def in_context(self):
+                return True
+
+            def request_headers(self):
+                return {"X-Token": "t0ken"}
+        """,
+    )
+    project.mlflow_yml(
+        f"server: {{request_header_provider: {{type: {project.package}.headers.Token}}}}"
+    )
+    server.headers.clear()
+
+    ended = project.kedro("run", "--runner=ParallelRunner", KEDRO_MP_CONTEXT="spawn")
+
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert {headers.get("X-Token") for headers in server.headers} == {"t0ken"}
+    assert any("log-metric" in request for request in server.requests)
+
+
 @pytest.mark.parametrize("disabled", [True, False])
 def test_autologging_is_off_unless_mlflow_yml_leaves_it_on(
     project: Project, disabled: bool

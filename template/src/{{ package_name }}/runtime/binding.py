@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from kedro.framework import project
 
-from . import params, provenance, tracking
-from .config import MlflowConfig
+from . import credentials, params, provenance, tracking
+from .config import MlflowConfig, RequestHeaderProviderOptions
 from .datasets.tracked import TrackedDataset
 from .loading import ConfigError, package_name, read_credentials, register_header_provider
 
@@ -24,16 +24,19 @@ ENTRY = "mlflow:run"
 
 @dataclass(frozen=True)
 class Binding:
-    """What the catalog carries: the run, and the package of the project whose run it is."""
+    """What the catalog carries: the run, its project's package, and who signs its requests."""
 
     run: tracking.RunHandle
     package_name: str
+    header_provider: RequestHeaderProviderOptions
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _arrive, (self.run, self.package_name)
+        return _arrive, (self.run, self.package_name, self.header_provider)
 
 
-def _arrive(run: tracking.RunHandle, package_name: str) -> Binding:
+def _arrive(
+    run: tracking.RunHandle, package_name: str, header_provider: RequestHeaderProviderOptions
+) -> Binding:
     """Unpickle a binding; in a worker that has no settings, take those of the binding's project.
 
     Kedro's tasks register `settings.HOOKS` in every worker, but in one that was not forked the
@@ -43,7 +46,9 @@ def _arrive(run: tracking.RunHandle, package_name: str) -> Binding:
     """
     if project.PACKAGE_NAME is None and not project.settings.HOOKS:
         project.settings.configure(f"{package_name}.settings")
-    return Binding(run, package_name)
+    if not header_provider.pass_context:  # there is no context in a worker
+        credentials.register_header_provider(header_provider, None)
+    return Binding(run, package_name, header_provider)
 
 
 def run_of(catalog: DataCatalog) -> tracking.RunHandle | None:
@@ -68,9 +73,7 @@ def track(
     """
     config: MlflowConfig = context.mlflow  # type: ignore[attr-defined]
     names = provenance.pipeline_names(run_params)
-    server = tracking.Server(
-        config.server.mlflow_tracking_uri or "", config.server.mlflow_registry_uri or ""
-    )
+    server = config.server.connection
     # A dataset that can't be made fails here, before there is a run.
     datasets = {name: catalog.get(name) for name in pipeline.datasets()}
     run = None
@@ -86,7 +89,8 @@ def track(
             tags={**_tags(config, context, run_params), **tags},
             variables=variables,
         )
-        catalog[ENTRY] = Binding(run, package_name(context))
+        provider = config.server.request_header_provider
+        catalog[ENTRY] = Binding(run, package_name(context), provider)
 
     for name, dataset in datasets.items():
         # CachedDataset keeps the dataset that it caches under this name.

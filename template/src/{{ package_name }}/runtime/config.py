@@ -8,9 +8,23 @@ from __future__ import annotations
 import json
 import textwrap
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    model_validator,
+)
+
+if TYPE_CHECKING:
+    from kedro.framework.context import KedroContext
+    from mlflow import MlflowClient
+    from mlflow.entities import Experiment
+
+    from .tracking import Server
 
 
 def _as_text(value: Any) -> Any:
@@ -67,6 +81,18 @@ class ServerOptions(_Options):
     )
     request_header_provider: RequestHeaderProviderOptions = RequestHeaderProviderOptions()
 
+    @property
+    def client(self) -> MlflowClient:
+        """MLflow's client for these URIs, made on first use."""
+        return self.connection.client
+
+    @property
+    def connection(self) -> Server:
+        """The two URIs, for the runtime."""
+        from .tracking import Server
+
+        return Server(self.mlflow_tracking_uri or "", self.mlflow_registry_uri or "")
+
 
 class DisableTrackingOptions(_Options):
     """What is not tracked."""
@@ -99,6 +125,14 @@ class ExperimentOptions(_Options):
     restore_if_deleted: bool = Field(
         default=True, description="Bring the experiment back when it has been deleted."
     )
+    _server: ServerOptions | None = PrivateAttr(None)
+
+    @property
+    def entity(self) -> Experiment:
+        """MLflow's object for the experiment, which is made or restored when need be."""
+        from .tracking import experiment_of
+
+        return experiment_of((self._server or ServerOptions()).connection, self)
 
 
 class RunOptions(_Options):
@@ -175,11 +209,24 @@ class UiOptions(_Options):
 
 
 class MlflowConfig(_Options):
-    """The whole of `mlflow.yml`."""
+    """The whole of `mlflow.yml`; a context offers it as `context.mlflow`."""
 
     server: ServerOptions = ServerOptions()
     tracking: TrackingOptions = TrackingOptions()
     ui: UiOptions = UiOptions()
+
+    def setup(self, context: KedroContext) -> None:
+        """Point `mlflow.…` in this process at the project, as notebooks want it.
+
+        Sets the tracking and registry URI and the experiment, exports the credentials and
+        registers the header provider. Takes the context whose `mlflow` this is.
+        """
+        from .loading import read_credentials, register_header_provider
+        from .tracking import set_up
+
+        variables = read_credentials(context)
+        register_header_provider(context)
+        set_up(self.server.connection, self.tracking.experiment, variables)
 
 
 _ABOUT = (

@@ -43,7 +43,9 @@ def take_back(run_id: str) -> None:
 _registered: set[str] = set()
 
 
-def register_header_provider(options: RequestHeaderProviderOptions, context: KedroContext) -> None:
+def register_header_provider(
+    options: RequestHeaderProviderOptions, context: KedroContext | None
+) -> None:
     """Let MLflow ask the provider of `mlflow.yml` for headers, registered once in a process.
 
     Raises:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
@@ -30,8 +31,13 @@ class MlflowHook:
         """Read `mlflow.yml` and offer it as `context.mlflow`."""
         from .loading import load_config
 
-        context.mlflow = load_config(context)  # type: ignore[attr-defined]
+        config = load_config(context)
+        context.mlflow = config  # type: ignore[attr-defined]
         _context.set(context)
+        if "IPython" in sys.modules and sys.modules["IPython"].get_ipython():
+            from .tracking import announce
+
+            announce(config.server.connection, config.tracking.experiment)
 
     @hook_impl(tryfirst=True)
     def before_pipeline_run(

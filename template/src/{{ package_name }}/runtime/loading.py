@@ -21,6 +21,9 @@ from .config import MlflowConfig
 if TYPE_CHECKING:
     from kedro.framework.context import KedroContext
 
+# Names the tracking URI that a notebook's environment has from a project, not from its user.
+ANNOUNCED = "KEDRO_MLFLOW_ANNOUNCED_URI"
+
 _Model = TypeVar("_Model", bound=BaseModel)
 
 _SQLITE_FILE = re.compile(r"(?P<scheme>sqlite(\+\w+)?:///)(?P<path>(?!:memory:)[^?]+)")
@@ -53,9 +56,7 @@ def load_config(context: KedroContext) -> MlflowConfig:
     project = context.project_path
 
     tracking_uri = anchor_uri(
-        config.server.mlflow_tracking_uri
-        or os.environ.get("MLFLOW_TRACKING_URI")
-        or "sqlite:///mlflow.db",
+        config.server.mlflow_tracking_uri or _uri_of_environment() or "sqlite:///mlflow.db",
         project,
     )
     registry_uri = anchor_uri(config.server.mlflow_registry_uri or tracking_uri, project)
@@ -70,6 +71,9 @@ def load_config(context: KedroContext) -> MlflowConfig:
     location = experiment.create_experiment_kwargs.artifact_location or _artifact_folder(
         tracking_uri
     )
+    server = _changed(
+        config.server, mlflow_tracking_uri=tracking_uri, mlflow_registry_uri=registry_uri
+    )
     experiment = _changed(
         experiment,
         name=experiment.name or package_name(context),
@@ -78,12 +82,15 @@ def load_config(context: KedroContext) -> MlflowConfig:
             artifact_location=location and anchor_uri(location, project),
         ),
     )
-    server = _changed(
-        config.server, mlflow_tracking_uri=tracking_uri, mlflow_registry_uri=registry_uri
-    )
+    experiment._server = server
     return _changed(
         config, server=server, tracking=_changed(config.tracking, experiment=experiment)
     )
+
+
+def _uri_of_environment() -> str | None:
+    uri = os.environ.get("MLFLOW_TRACKING_URI")
+    return None if uri == os.environ.get(ANNOUNCED) else uri
 
 
 def read_credentials(context: KedroContext) -> dict[str, str]:

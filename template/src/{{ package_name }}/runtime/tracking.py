@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import sys
 import threading
 import time
 import traceback
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from uuid import uuid4
 
 from . import credentials
-from .loading import sqlite_file
+from .loading import ANNOUNCED, sqlite_file
 
 if TYPE_CHECKING:
     from mlflow import ActiveRun, MlflowClient
@@ -374,6 +375,44 @@ def _handle(server: Server, run: Run, *, attached: bool = False, fresh: bool = F
         attached=attached,
         fresh=fresh,
     )
+
+
+def set_up(server: Server, options: ExperimentOptions, variables: Mapping[str, str]) -> None:
+    """Point `mlflow.…` in this process at the project's server and experiment, for good.
+
+    The experiment is made, or restored, when there is none.
+    """
+    import mlflow
+
+    credentials.export("set_up", variables)
+    server.use()
+    mlflow.set_experiment(experiment_id=experiment_of(server, options).experiment_id)
+
+
+def experiment_of(server: Server, options: ExperimentOptions) -> Experiment:
+    """Give the experiment that runs belong to; make or restore it when need be."""
+    _prepare(server, options)
+    return server.client.get_experiment(_experiment_id(server, options))
+
+
+def announce(server: Server, options: ExperimentOptions) -> None:
+    """Let MLflow find the project's server and experiment when somebody uses it.
+
+    For notebooks. Environment variables do this without importing MLflow and without a request.
+    """
+    os.environ.update(
+        MLFLOW_TRACKING_URI=server.tracking_uri,
+        MLFLOW_REGISTRY_URI=server.registry_uri,
+        MLFLOW_EXPERIMENT_NAME=options.name or "",
+        # Where MLflow puts the files of an experiment that it makes itself.
+        _MLFLOW_SERVER_ARTIFACT_ROOT=options.create_experiment_kwargs.artifact_location or "",
+        **{ANNOUNCED: server.tracking_uri},
+    )
+    if "mlflow" in sys.modules:
+        from mlflow.tracking import fluent
+
+        fluent._active_experiment_id = None  # that of another project
+        server.use()
 
 
 def attach(server: Server | None = None, run_id: str | None = None) -> RunHandle | None:

@@ -1,0 +1,150 @@
+"""In a notebook and from a script: `context.mlflow`, and MLflow's own functions."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import mlflow
+import pytest
+import yaml
+from kedro.framework.session import KedroSession
+from kedro.framework.startup import bootstrap_project
+
+from .conftest import Project
+from .servers import CountingProxy
+from .test_runs import ONE_NODE
+
+
+def ipython(project: Project, code: str) -> str:
+    """Run code in `kedro ipython`."""
+    done = subprocess.run(
+        [sys.executable, "-m", "IPython", "--ext=kedro.ipython", "--colors=NoColor", "-c", code],
+        cwd=project.path,
+        env={**os.environ, "IPYTHONDIR": str(project.path / "ipython"), "COLUMNS": "200"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    assert "Error" not in done.stdout, done.stdout
+    return done.stdout
+
+
+def test_mlflow_in_a_notebook_reads_the_projects_store(project: Project) -> None:
+    project.pipeline(ONE_NODE)
+    project.parameters({"x": 1})
+    project.run()
+
+    output = ipython(
+        project,
+        """
+import sys
+assert "mlflow" not in sys.modules
+print("name:", context.mlflow.tracking.experiment.name)
+import mlflow
+(found,) = mlflow.search_runs(output_format="list")
+print("found:", found.info.run_id)
+session.run()
+print("runs:", len(mlflow.search_runs()))
+""",
+    )
+
+    assert f"name: {project.package}" in output
+    assert f"found: {project.all_runs()[-1].info.run_id}" in output
+    assert "runs: 2" in output
+
+
+def test_a_notebook_makes_no_request_until_mlflow_is_used(
+    new_project: Callable[..., Project], server: CountingProxy
+) -> None:
+    project = new_project(tracking_backend="server", tracking_uri=server.uri)
+    project.client.create_experiment(project.package)
+    server.requests.clear()
+
+    ipython(project, "context.mlflow.server.client")
+    assert server.requests == []
+    ipython(project, "import mlflow; mlflow.search_runs()")
+    assert server.requests
+
+
+def test_mlflow_used_before_the_first_run_keeps_its_files_in_the_project(
+    new_project: Callable[..., Project],
+) -> None:
+    project = new_project()
+    project.pipeline(ONE_NODE)
+    project.parameters({"x": 1})
+
+    ipython(project, "import mlflow; assert len(mlflow.search_runs()) == 0")
+
+    project.run()
+    for experiment in project.client.search_experiments():
+        assert experiment.artifact_location.startswith((project.path / "mlartifacts").as_uri())
+
+
+def test_a_second_project_in_a_notebook_has_its_own_store(
+    new_project: Callable[..., Project],
+) -> None:
+    first, second = new_project(), new_project()
+
+    output = ipython(
+        first,
+        f"""
+import mlflow
+print("first:", mlflow.get_tracking_uri())
+get_ipython().run_line_magic("reload_kedro", {str(second.path)!r})
+print("second:", mlflow.get_tracking_uri(), context.mlflow.server.mlflow_tracking_uri)
+""",
+    )
+
+    assert f"first: {first.tracking_uri}" in output
+    assert f"second: {second.tracking_uri} {second.tracking_uri}" in output
+
+
+def test_setup_points_mlflow_at_the_project(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("MLFLOW_EXPERIMENT_ID", "A_SECRET"):
+        monkeypatch.delenv(name, raising=False)
+    project.write("conf/local/credentials.yml", "mine: {A_SECRET: t0p}")
+    project.mlflow_yml("server: {credentials: mine}")
+    bootstrap_project(project.path)
+
+    with KedroSession.create(project_path=project.path) as session:
+        context = session.load_context()  # type: ignore[attr-defined]
+        config = context.mlflow
+        config.setup(context)
+
+    try:
+        assert mlflow.get_tracking_uri() == project.tracking_uri
+        assert os.environ["A_SECRET"] == "t0p"
+        with mlflow.start_run():
+            mlflow.log_metric("m", 1)
+        (run,) = project.all_runs()
+        assert run.info.experiment_id == config.tracking.experiment.entity.experiment_id
+        assert config.tracking.experiment.entity.name == project.package
+        assert config.server.client.get_run(run.info.run_id).data.metrics == {"m": 1}
+    finally:
+        os.environ.pop("MLFLOW_EXPERIMENT_ID", None)
+        os.environ.pop("A_SECRET", None)
+
+
+def test_the_configuration_is_a_value(project: Project) -> None:
+    bootstrap_project(project.path)
+    loaded = []
+    for _ in range(2):
+        with KedroSession.create(project_path=project.path) as session:
+            loaded.append(session.load_context().mlflow)  # type: ignore[attr-defined]
+
+    config, again = loaded
+    assert config == again
+    twin = type(config).model_validate(yaml.safe_load(yaml.safe_dump(config.model_dump())))
+    assert twin.model_dump() == config.model_dump()
+    with pytest.raises(ValueError, match="frozen"):
+        config.tracking.run.name = "changed"
+    assert Path(config.tracking.experiment.create_experiment_kwargs.artifact_location).name
