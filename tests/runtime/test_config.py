@@ -159,7 +159,7 @@ def test_a_group_without_keys_has_the_defaults(project: Project) -> None:
 
 
 def test_credentials_are_in_the_environment_during_the_run_and_nowhere_after_it(
-    project: Project, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    project: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     project.pipeline(
         """
@@ -182,7 +182,6 @@ def test_credentials_are_in_the_environment_during_the_run_and_nowhere_after_it(
         """,
     )
     monkeypatch.setenv("SET_BEFORE", "old")
-    caplog.set_level("DEBUG")
 
     project.mlflow_yml("server: {credentials: one}")
     assert project.run()["seen"].load() == ["t0p-secret", "7", "true", "new"]
@@ -195,9 +194,28 @@ def test_credentials_are_in_the_environment_during_the_run_and_nowhere_after_it(
     bootstrap_project(project.path)
     with KedroSession.create(project_path=project.path) as session:
         assert "t0p" not in repr(session.load_context().mlflow)  # type: ignore[attr-defined]
+    ended = project.kedro("run")
+    assert ended.returncode == 0
+    assert "Saving data to" in ended.stdout
+    assert "t0p-" not in ended.stdout + ended.stderr
     for file in [project.path / "mlflow.db", *project.path.glob("mlartifacts/**/*.*")]:
         assert b"t0p-" not in file.read_bytes()
-    assert "t0p-" not in caplog.text
+
+
+def test_a_password_in_an_address_is_not_shown(
+    new_project: Callable[..., Project], server: CountingProxy
+) -> None:
+    project = new_project()
+    project.pipeline(ONE_NODE)
+    project.parameters({"x": 1})
+    address = server.uri.replace("http://", "http://ada:t0p-secret@")
+    project.mlflow_yml(f"server: {{mlflow_tracking_uri: '{address}'}}")
+
+    ended = project.kedro("run")
+
+    assert ended.returncode == 0, ended.stderr
+    assert "http://***@127.0.0.1" in ended.stdout
+    assert "t0p-secret" not in ended.stdout + ended.stderr
 
 
 def test_runs_that_overlap_take_back_only_their_own_credentials(

@@ -311,6 +311,11 @@ def sqlite_file(uri: str) -> Path | None:
     return Path(found["path"]) if found else None
 
 
+def shown_uri(uri: str) -> str:
+    """Write a URI without the user and password in it, for logs and messages."""
+    return re.sub(r"//[^/?#]*@", "//***@", uri)
+
+
 def is_database(uri: str) -> bool:
     """Tell whether a tracking URI names a database, which clients of the store open directly."""
     return uri.split(":", 1)[0].split("+", 1)[0] in {"sqlite", "postgresql", "mysql", "mssql"}

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from uuid import uuid4
 
 from . import credentials
-from .loading import ANNOUNCED, sqlite_file
+from .loading import ANNOUNCED, shown_uri, sqlite_file
 
 if TYPE_CHECKING:
     from mlflow import ActiveRun, MlflowClient
@@ -311,6 +311,9 @@ def start(
     are in the environment until the run ends.
     """
     exported = uuid4().hex
+    if shown_uri(server.tracking_uri) != server.tracking_uri:
+        # MLflow prints the address of each run, password and all.
+        variables = {**variables, "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true"}
     credentials.export(exported, variables)
     try:
         handle = replace(_open(server, options, name, tags), exported=exported)
@@ -332,7 +335,7 @@ def start(
         handle.name,
         handle.run_id,
         "attached to" if handle.attached else "started",
-        handle.server.tracking_uri,
+        shown_uri(handle.server.tracking_uri),
     )
     return handle
 
