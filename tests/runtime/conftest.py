@@ -120,6 +120,7 @@ def new_project(
     for module in list(sys.modules):
         if module.partition(".")[0] in packages:
             del sys.modules[module]
+    os.environ.pop("MLFLOW_EXPERIMENT_ID", None)  # mlflow.set_experiment leaves it there
     fluent._active_run_stack.set([])
     fluent._active_experiment_id = None
     mlflow.set_tracking_uri(None)  # type: ignore[arg-type]

@@ -96,9 +96,11 @@ def test_a_second_project_in_a_notebook_has_its_own_store(
         first,
         f"""
 import mlflow
+context.mlflow.setup(context)
 print("first:", mlflow.get_tracking_uri())
 get_ipython().run_line_magic("reload_kedro", {str(second.path)!r})
 print("second:", mlflow.get_tracking_uri(), context.mlflow.server.mlflow_tracking_uri)
+assert len(mlflow.search_runs()) == 0
 """,
     )
 
@@ -109,8 +111,7 @@ print("second:", mlflow.get_tracking_uri(), context.mlflow.server.mlflow_trackin
 def test_setup_points_mlflow_at_the_project(
     project: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("MLFLOW_EXPERIMENT_ID", "A_SECRET"):
-        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("A_SECRET", raising=False)
     project.write("conf/local/credentials.yml", "mine: {A_SECRET: t0p}")
     project.mlflow_yml("server: {credentials: mine}")
     bootstrap_project(project.path)
@@ -130,7 +131,6 @@ def test_setup_points_mlflow_at_the_project(
         assert config.tracking.experiment.entity.name == project.package
         assert config.server.client.get_run(run.info.run_id).data.metrics == {"m": 1}
     finally:
-        os.environ.pop("MLFLOW_EXPERIMENT_ID", None)
         os.environ.pop("A_SECRET", None)
 
 

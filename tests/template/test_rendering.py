@@ -23,6 +23,7 @@ ALWAYS = """
 README.md
 conf/README.md
 conf/base/catalog.yml
+conf/base/mlflow.schema.json
 conf/base/mlflow.yml
 conf/base/parameters.yml
 conf/local/.gitkeep

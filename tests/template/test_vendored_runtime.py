@@ -15,7 +15,7 @@ RUNTIME = REPOSITORY / "template" / "src" / "{{ package_name }}" / "runtime"
 MODULES = sorted(RUNTIME.rglob("*.py"))
 
 # Kedro and MLflow, and what comes with them.
-INSTALLED = {"click", "kedro", "mlflow", "omegaconf", "pydantic", "rich"}
+INSTALLED = {"click", "kedro", "mlflow", "omegaconf", "pydantic", "rich", "yaml"}
 
 
 @pytest.fixture(params=MODULES, ids=lambda path: path.relative_to(RUNTIME).as_posix())

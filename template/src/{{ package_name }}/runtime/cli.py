@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import re
+import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
+from pathlib import Path
 
 import click
 from kedro.framework.cli.utils import env_option
@@ -22,6 +27,7 @@ def mlflow() -> None:
 @click.pass_obj
 def init(metadata: ProjectMetadata, env: str, force: bool) -> None:
     """Write an mlflow.yml with every key and its comment, saying what holds now."""
+    import yaml
     from kedro.framework.project import settings
 
     from .config import commented_yaml
@@ -31,19 +37,42 @@ def init(metadata: ProjectMetadata, env: str, force: bool) -> None:
     file = conf / env / "mlflow.yml"
     if not file.parent.is_dir():
         raise click.ClickException(f"{file.parent} is no environment: make the folder first.")
+    own = _config_files(file.parent)
+    for other in own:
+        if other != file:  # Kedro refuses a key that stands in two files of one environment
+            raise click.ClickException(
+                f"{other} is the environment's already: rename or remove it."
+            )
     if file.exists() and not force:
         raise click.ClickException(f"{file} exists already; --force replaces it.")
-    base = settings.CONFIG_LOADER_ARGS.get("base_env", "base")
-    schema = "mlflow.schema.json" if env == base else f"../{base}/mlflow.schema.json"
-    values = written_values([file, conf / base / "mlflow.yml"])
+    base = conf / settings.CONFIG_LOADER_ARGS.get("base_env", "base")
+    try:
+        values = written_values(dict.fromkeys([*own, *_config_files(base)]))
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise click.ClickException(f"Nothing written, a file is no YAML: {reason}") from error
+    schema = Path(os.path.relpath(base / "mlflow.schema.json", file.parent)).as_posix()
     file.write_text(commented_yaml(values, schema), encoding="utf-8")
     click.echo(f"Written: {file}")
+
+
+def _config_files(environment: Path) -> list[Path]:
+    """List the files of an environment that Kedro reads as mlflow.yml."""
+    from kedro.framework.project import settings
+
+    patterns = settings.CONFIG_LOADER_ARGS.get("config_patterns", {}).get("mlflow", [])
+    found = {file for pattern in patterns for file in environment.glob(pattern)}
+    return sorted(file for file in found if file.suffix in (".yml", ".yaml"))
 
 
 @mlflow.command()
 @env_option
 @click.option("--host", help="Address to listen on; `ui.host` of mlflow.yml by default.")
-@click.option("--port", type=int, help="Port to listen on; `ui.port`, or a free one, by default.")
+@click.option(
+    "--port",
+    type=click.IntRange(1, 65535),
+    help="Port to listen on; `ui.port`, or a free one, by default.",
+)
 @click.pass_obj
 def ui(metadata: ProjectMetadata, env: str | None, host: str | None, port: int | None) -> None:
     """Open MLflow's pages on the project's runs; Ctrl-C ends them.
@@ -54,22 +83,58 @@ def ui(metadata: ProjectMetadata, env: str | None, host: str | None, port: int |
     from kedro.framework.session import KedroSession
 
     from .config import MlflowConfig
-    from .loading import is_database
+    from .loading import is_database, read_credentials
 
     with KedroSession.create(project_path=metadata.project_path, env=env) as session:
-        config: MlflowConfig = session.load_context().mlflow  # type: ignore[attr-defined]
-    uri = config.server.mlflow_tracking_uri or ""
-    if not is_database(uri):
-        click.echo(f"The runs are on {uri}")
-        click.launch(uri)
+        context = session.load_context()
+        config: MlflowConfig = context.mlflow  # type: ignore[attr-defined]
+        variables = read_credentials(context)
+    server = config.server.connection
+    if not is_database(server.tracking_uri):
+        page = re.sub(r"//[^/?#]*@", "//", server.tracking_uri)  # without user and password
+        click.echo(f"The runs are on {page}")
+        if page.startswith(("http://", "https://")):
+            click.launch(page)
         return
     host = host or config.ui.host
     port = _port(host, port or config.ui.port)
+    # Not as arguments, which everybody on the machine can read.
+    variables["MLFLOW_BACKEND_STORE_URI"] = server.tracking_uri
+    if is_database(server.registry_uri):
+        variables["MLFLOW_REGISTRY_STORE_URI"] = server.registry_uri
+    # For the jobs of a team's server MLflow starts eight processes more; nobody here waits for any.
+    variables.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
     click.echo(f"MLflow's pages: http://{host}:{port} (Ctrl-C ends them)")
-    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri]
     # One process is enough for one reader, and is there sooner than MLflow's usual four.
-    command += ["--host", host, "--port", str(port), "--workers", "1"]
-    raise SystemExit(subprocess.call(command))
+    options = ["--host", host, "--port", str(port), "--workers", "1"]
+    command = [sys.executable, "-m", "mlflow", "ui", *options]
+    raise SystemExit(_serve(command, metadata.project_path, variables))
+
+
+def _serve(command: list[str], folder: Path, variables: Mapping[str, str]) -> int:
+    """Run a server until it ends; a signal that ends this process ends all of the server's.
+
+    Gives the server's exit status, or 0 after a signal.
+    """
+    # In a session of its own the server doesn't hear Ctrl-C as well, and all of it hears one signal.
+    server = subprocess.Popen(
+        command, cwd=folder, env={**os.environ, **variables}, start_new_session=True
+    )
+    ended_by_signal = False
+
+    def end(*_: object) -> None:
+        nonlocal ended_by_signal
+        ended_by_signal = True
+        if sys.platform == "win32":
+            server.terminate()
+        else:
+            os.killpg(server.pid, signal.SIGTERM)
+
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), end)
+    status = server.wait()
+    return 0 if ended_by_signal else status
 
 
 def _port(host: str, wanted: int | None) -> int:

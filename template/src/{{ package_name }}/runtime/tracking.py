@@ -403,6 +403,7 @@ def announce(server: Server, options: ExperimentOptions) -> None:
 
     For notebooks. Environment variables do this without importing MLflow and without a request.
     """
+    os.environ.pop("MLFLOW_EXPERIMENT_ID", None)  # MLflow refuses an id and a name that differ
     os.environ.update(
         MLFLOW_TRACKING_URI=server.tracking_uri,
         MLFLOW_REGISTRY_URI=server.registry_uri,
