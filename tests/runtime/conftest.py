@@ -20,6 +20,7 @@ from kedro.framework.session import KedroSession
 from kedro.framework.startup import bootstrap_project
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 from mlflow.tracking import fluent
 
 from .servers import CountingProxy, counting_proxy, mlflow_server
@@ -92,12 +93,20 @@ class Project:
         return run
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work in a folder where what MLflow puts into the working directory does no harm."""
+    folder = tmp_path / "working directory"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+
+
 @pytest.fixture(scope="session")
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A SQLite store with its tables, to copy: making one takes seconds."""
-    file = tmp_path_factory.mktemp("store") / "mlflow.db"
-    MlflowClient(f"sqlite:///{file.as_posix()}").search_experiments()
-    return file
+    folder = tmp_path_factory.mktemp("store")
+    SqlAlchemyStore(f"sqlite:///{folder.as_posix()}/mlflow.db", (folder / "mlartifacts").as_uri())
+    return folder / "mlflow.db"
 
 
 @pytest.fixture
@@ -120,6 +129,7 @@ def new_project(
     for module in list(sys.modules):
         if module.partition(".")[0] in packages:
             del sys.modules[module]
+    mlflow.autolog(disable=True)
     os.environ.pop("MLFLOW_EXPERIMENT_ID", None)  # mlflow.set_experiment leaves it there
     fluent._active_run_stack.set([])
     fluent._active_experiment_id = None

@@ -123,7 +123,7 @@ def test_every_mistake_is_told_with_file_line_key_value_and_what_is_right(
         ),
         (
             "server: {request_header_provider: {type: nowhere.Provider}}",
-            "conf/local/mlflow.yml:1: server.request_header_provider: No module named 'nowhere'",
+            "server.request_header_provider: type 'nowhere.Provider' can't be used: No module",
         ),
         (
             "server: {request_header_provider: {type: pathlib.Path}}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,13 @@ from kedro.framework import project
 from . import credentials, params, provenance, tracking
 from .config import MlflowConfig, RequestHeaderProviderOptions
 from .datasets.tracked import TrackedDataset
-from .loading import ConfigError, package_name, read_credentials, register_header_provider
+from .loading import (
+    ConfigError,
+    mistake,
+    package_name,
+    read_credentials,
+    register_header_provider,
+)
 
 if TYPE_CHECKING:
     from kedro.framework.context import KedroContext
@@ -81,16 +88,21 @@ def track(
         logged, tags = _parameters(config, pipeline, catalog)
         variables = read_credentials(context)
         register_header_provider(context)
-        run = tracking.start(
-            server,
-            config.tracking,
-            name=config.tracking.run.name or "+".join(names),
-            params=logged,
-            tags={**_tags(config, context, run_params), **tags},
-            variables=variables,
-        )
+        try:
+            run = tracking.start(
+                server,
+                config.tracking,
+                name=config.tracking.run.name or "+".join(names),
+                params=logged,
+                tags={**_tags(config, context, run_params), **tags},
+                variables=variables,
+            )
+        except tracking.SettingError as error:
+            raise mistake(context, error.key, str(error)) from error
         provider = config.server.request_header_provider
         catalog[ENTRY] = Binding(run, package_name(context), provider)
+    elif config.tracking.disable_tracking.disable_autologging and "mlflow" in sys.modules:
+        sys.modules["mlflow"].autolog(disable=True)  # it would make a run of its own
 
     for name, dataset in datasets.items():
         # CachedDataset keeps the dataset that it caches under this name.

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import click
 from kedro.framework.cli.utils import env_option
@@ -40,9 +41,7 @@ def init(metadata: ProjectMetadata, env: str, force: bool) -> None:
     own = _config_files(file.parent)
     for other in own:
         if other != file:  # Kedro refuses a key that stands in two files of one environment
-            raise click.ClickException(
-                f"{other} is the environment's already: rename or remove it."
-            )
+            raise click.ClickException(f"{other} is there already: rename or remove it first.")
     if file.exists() and not force:
         raise click.ClickException(f"{file} exists already; --force replaces it.")
     base = conf / settings.CONFIG_LOADER_ARGS.get("base_env", "base")
@@ -86,8 +85,8 @@ def ui(metadata: ProjectMetadata, env: str | None, host: str | None, port: int |
     from .loading import is_database, read_credentials
 
     with KedroSession.create(project_path=metadata.project_path, env=env) as session:
-        context = session.load_context()
-        config: MlflowConfig = context.mlflow  # type: ignore[attr-defined]
+        context: Any = session.load_context()  # type: ignore[attr-defined]
+        config: MlflowConfig = context.mlflow
         variables = read_credentials(context)
     server = config.server.connection
     if not is_database(server.tracking_uri):
@@ -102,8 +101,9 @@ def ui(metadata: ProjectMetadata, env: str | None, host: str | None, port: int |
     variables["MLFLOW_BACKEND_STORE_URI"] = server.tracking_uri
     if is_database(server.registry_uri):
         variables["MLFLOW_REGISTRY_STORE_URI"] = server.registry_uri
-    # For the jobs of a team's server MLflow starts eight processes more; nobody here waits for any.
-    variables.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
+    # MLflow starts eight more processes for the jobs of a team's server: not unless asked to.
+    jobs = "MLFLOW_SERVER_ENABLE_JOB_EXECUTION"
+    variables.setdefault(jobs, os.environ.get(jobs, "false"))
     click.echo(f"MLflow's pages: http://{host}:{port} (Ctrl-C ends them)")
     # One process is enough for one reader, and is there sooner than MLflow's usual four.
     options = ["--host", host, "--port", str(port), "--workers", "1"]
@@ -116,7 +116,7 @@ def _serve(command: list[str], folder: Path, variables: Mapping[str, str]) -> in
 
     Gives the server's exit status, or 0 after a signal.
     """
-    # In a session of its own the server doesn't hear Ctrl-C as well, and all of it hears one signal.
+    # In a session of its own it doesn't hear Ctrl-C too, and one signal reaches all of it.
     server = subprocess.Popen(
         command, cwd=folder, env={**os.environ, **variables}, start_new_session=True
     )

@@ -243,11 +243,26 @@ def commented_yaml(
         written: What to write instead of the default, by dotted key.
         schema: Path of the JSON Schema from the file, for editors.
     """
+    written = written or {}
+    anchors = [f"{name}: {text}" for name, text in written.items() if name.startswith("_")]
     groups = (
-        "\n".join([f"{name}:", *_lines(field.default, f"{name}.", written or {})])
+        "\n".join(_group(name, field.default, name, written))
         for name, field in MlflowConfig.model_fields.items()
     )
-    return f"# yaml-language-server: $schema={schema}\n{_ABOUT}\n\n" + "\n\n".join(groups) + "\n"
+    parts = ["\n".join(anchors), *groups] if anchors else groups
+    return f"# yaml-language-server: $schema={schema}\n{_ABOUT}\n\n" + "\n\n".join(parts) + "\n"
+
+
+def _group(
+    name: str, options: _Options, path: str, written: Mapping[str, str], depth: int = 0
+) -> Iterator[str]:
+    indent = "  " * depth
+    text = written.get(path, "")
+    if text.startswith('"${'):  # a whole group from elsewhere
+        yield f"{indent}{name}: {text}"
+        return
+    yield f"{indent}{name}:"
+    yield from _lines(options, f"{path}.", written, depth + 1)
 
 
 def _lines(
@@ -257,8 +272,7 @@ def _lines(
     for name, field in type(options).model_fields.items():
         value = getattr(options, name)
         if isinstance(value, _Options):
-            yield f"{indent}{name}:"
-            yield from _lines(value, f"{path}{name}.", written, depth + 1)
+            yield from _group(name, value, path + name, written, depth)
             continue
         yield from textwrap.wrap(
             field.description or "",

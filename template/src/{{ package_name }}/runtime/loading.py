@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
-from importlib.metadata import version
+from importlib.metadata import entry_points, version
 from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -53,6 +53,7 @@ def load_config(context: KedroContext) -> MlflowConfig:
     """
     sources = _Sources(context)
     config = sources.check(sources.read())
+    assert config, "a mistake would have been raised"
     project = context.project_path
 
     tracking_uri = anchor_uri(
@@ -61,6 +62,11 @@ def load_config(context: KedroContext) -> MlflowConfig:
     )
     registry_uri = anchor_uri(config.server.mlflow_registry_uri or tracking_uri, project)
     for key, uri in (("mlflow_tracking_uri", tracking_uri), ("mlflow_registry_uri", registry_uri)):
+        if not _has_store(uri):
+            raise ConfigError(
+                f"{sources.where(('server', key))}: server.{key}: expected a path, a database or "
+                f"an address with http:// or https://, got {shown_uri(uri)!r}"
+            )
         if uri.startswith("file:") and not _takes_file_store():
             raise ConfigError(
                 f"{sources.where(('server', key))}: server.{key}: MLflow no longer keeps runs in "
@@ -129,8 +135,13 @@ def register_header_provider(context: KedroContext) -> None:
     try:
         credentials.register_header_provider(options, context)
     except Exception as error:
-        where = _Sources(context).where(("server", "request_header_provider", "type"))
-        raise ConfigError(f"{where}: server.request_header_provider: {error}") from error
+        what = f"type {options.type!r} can't be used: {error}"
+        raise mistake(context, ("server", "request_header_provider"), what) from error
+
+
+def mistake(context: KedroContext, key: tuple[str, ...], what: str) -> ConfigError:
+    """Make the error for a key whose value only turned out to be wrong when it was used."""
+    return ConfigError(f"{_Sources(context).where(key)}: {_key(key)}: {what}")
 
 
 def _changed(options: _Model, **update: Any) -> _Model:
@@ -154,6 +165,7 @@ class _Sources:
     def read(self) -> Any:
         """Merge and resolve the files as Kedro does; nothing where there are none."""
         from kedro.config import MissingConfigException
+        from omegaconf import OmegaConf
         from omegaconf.errors import OmegaConfBaseException
 
         if "mlflow" not in self._loader.config_patterns:
@@ -168,30 +180,48 @@ class _Sources:
         except MissingConfigException:
             return {}
         except OmegaConfBaseException as error:
-            key = tuple(str(error.full_key or "").split("."))
-            reason = str(error).splitlines()[0]
-            raise ConfigError(f"{self.where(key)}: {'.'.join(key)}: {reason}") from error
+            raise self._interpolation(error) from error
         except ValueError as error:  # the same key in two files of an environment
             raise ConfigError(f"{self.where(())}: {error}") from error
+        except TypeError as error:  # files that can't be merged: one has the wrong type for a key
+            for file in self._files():
+                self.check(OmegaConf.to_container(OmegaConf.load(file)), unresolved=True)
+            raise ConfigError(f"{self.where(())}: {error}") from error
 
-    def check(self, written: Any) -> MlflowConfig:
-        """Make the configuration, or tell every mistake with file, line, key and value."""
+    def _interpolation(self, error: Any) -> ConfigError:
+        key = tuple(str(error.full_key or "").split("."))
+        return ConfigError(f"{self.where(key)}: {_key(key)}: {str(error).splitlines()[0]}")
+
+    def check(self, written: Any, *, unresolved: bool = False) -> MlflowConfig | None:
+        """Make the configuration, or tell every mistake with file, line, key and value.
+
+        With `unresolved`, a value that is an interpolation is taken for right.
+        """
         try:
             return MlflowConfig.model_validate(written)
         except ValidationError as error:
-            lines = [
-                f"{self.where(problem['loc'])}: {_key(problem['loc'])}: {_mistake(problem)}"
+            found = [
+                (*self._place(problem["loc"]), f"{_key(problem['loc'])}: {_mistake(problem)}")
                 for problem in error.errors()
+                if not (unresolved and "${" in str(problem["input"]))
             ]
-            raise ConfigError("\n".join(lines)) from error
+            # In the order in which a reader of the files meets them.
+            lines = [f"{file}:{line}: {what}" for file, line, what in sorted(found)]
+            if lines:
+                raise ConfigError("\n".join(lines)) from error
+            return None
 
     def where(self, key: tuple[int | str, ...]) -> str:
         """Name the file and line that give a key its value; the environment's file goes first."""
+        file, line = self._place(key)
+        return f"{file}:{line}"
+
+    def _place(self, key: tuple[int | str, ...]) -> tuple[str, int]:
         files = self._files()
         for file in files:
             if line := _line(yaml.compose(file.read_text("utf-8")), key):
-                return f"{self._shown(file)}:{line}"
-        return self._shown(files[0]) if files else "mlflow.yml"
+                return self._shown(file), line
+        return (self._shown(files[0]) if files else "mlflow.yml"), 1
 
     def _files(self) -> list[Path]:
         loader = self._loader
@@ -209,8 +239,15 @@ class _Sources:
         return list(found)
 
     def _check_syntax(self, file: Path) -> None:
+        from omegaconf import OmegaConf
+        from omegaconf.errors import OmegaConfBaseException
+
         try:
             top = yaml.compose(file.read_text("utf-8"))
+            if top is None or isinstance(top, yaml.MappingNode):
+                OmegaConf.load(file)  # refuses a key that stands there twice
+        except OmegaConfBaseException as error:
+            raise self._interpolation(error) from error
         except yaml.MarkedYAMLError as error:
             line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
             raise ConfigError(f"{self._shown(file)}{line}: {error.problem}") from error
@@ -231,7 +268,10 @@ def written_values(files: Iterable[Path]) -> dict[str, str]:
     values: dict[str, str] = {}
     for file in files:
         top = yaml.compose(file.read_text("utf-8")) if file.exists() else None
-        for key in _keys(MlflowConfig):
+        entries = top.value if isinstance(top, yaml.MappingNode) else []
+        # Other values may refer to a name with an underscore, which is no key of ours.
+        helpers = [name.value for name, _ in entries if name.value.startswith("_")]
+        for key in [*_keys(MlflowConfig), *helpers]:
             node: yaml.Node | None = top
             for name in key.split("."):
                 entries = node.value if isinstance(node, yaml.MappingNode) else []
@@ -334,6 +374,17 @@ def anchor_uri(uri: str, project_path: PurePath) -> str:
     if uri.startswith("databricks") or re.match(r"[\w+.-]{2,}:", uri):
         return uri
     return (project_path / uri).as_uri()
+
+
+def _has_store(uri: str) -> bool:
+    """Tell whether MLflow, or a plugin of it, has a store for a URI."""
+    scheme = uri.split(":", 1)[0]
+    known = {"http", "https", "file", "databricks", "databricks-uc", "uc"}
+    return (
+        scheme in known
+        or is_database(uri)
+        or scheme in entry_points(group="mlflow.tracking_store").names
+    )
 
 
 def _takes_file_store() -> bool:

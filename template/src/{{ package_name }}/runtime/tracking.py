@@ -73,6 +73,14 @@ def _client(tracking_uri: str, registry_uri: str) -> MlflowClient:
     return MlflowClient(tracking_uri, registry_uri)
 
 
+class SettingError(Exception):
+    """A setting that the server shows to be wrong: the key in `mlflow.yml`, and what is right."""
+
+    def __init__(self, key: tuple[str, ...], what: str) -> None:
+        super().__init__(what)
+        self.key = key
+
+
 class Point(NamedTuple):
     """One value of a metric; `timestamp` is in milliseconds since 1970."""
 
@@ -344,6 +352,7 @@ def _open(
     server: Server, options: TrackingOptions, name: str, tags: Mapping[str, str]
 ) -> RunHandle:
     import mlflow
+    from mlflow.exceptions import MlflowException
 
     if options.disable_tracking.disable_autologging:
         mlflow.autolog(disable=True)
@@ -361,7 +370,13 @@ def _open(
     elif given := os.environ.get("MLFLOW_RUN_ID"):
         return _handle(server, server.client.get_run(given), attached=True)
     elif continued := options.run.id:
-        server.client.update_run(continued, status="RUNNING")
+        try:
+            server.client.update_run(continued, status="RUNNING")
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            what = f"there is no such run on {shown_uri(server.tracking_uri)}, got {continued!r}"
+            raise SettingError(("tracking", "run", "id"), what) from error
         return _handle(server, server.client.get_run(continued))
     experiment = _experiment_id(server, options.experiment)
     run = server.client.create_run(experiment, tags=_fitting(tags), run_name=name)
@@ -528,6 +543,9 @@ def _experiment_id(server: Server, options: ExperimentOptions) -> str:
             found = server.client.get_experiment_by_name(name)
             if found is None:
                 raise
-    if found.lifecycle_stage == "deleted" and options.restore_if_deleted:
+    if found.lifecycle_stage == "deleted":
+        if not options.restore_if_deleted:
+            what = f"the experiment {name!r} is deleted; expected true, or another name, got False"
+            raise SettingError(("tracking", "experiment", "restore_if_deleted"), what)
         server.client.restore_experiment(found.experiment_id)
     return found.experiment_id
