@@ -219,3 +219,29 @@ def check(project: Project, text: str, env: str) -> None:
             assert re.match(
                 r"(conf/(base|local)/mlflow\.yml(:\d+)?|[a-z_]+(\.[a-z_]+)*): .*\S", line
             )
+
+
+# Each of these once ended a run with a traceback; random changes meet them too seldom.
+@pytest.mark.parametrize(
+    "text",
+    [
+        "7: {}",
+        "true: {}",
+        "null: {}",
+        "[a]: {}",
+        "!!int x: {}",
+        "ui: {port: !!int x}",
+        "ui: {host: !tag text}",
+        "ui: {port: 1}\nui: {}",
+        "tracking: {redact: {a: b}}",
+        f"tracking: {{experiment: {{name: {'x' * 600}}}}}",
+        "tracking: {run: {id: two words}}",
+        "tracking: {run: {id: -.inf}}",
+    ],
+)
+def test_what_yaml_or_mlflow_refuses_is_told(lab: Project, text: str) -> None:
+    runs = stored(lab)[1]
+
+    check(lab, text, "local")
+
+    assert stored(lab)[1].keys() == runs.keys()

@@ -118,7 +118,8 @@ class CreateExperimentOptions(_Options):
 class ExperimentOptions(_Options):
     """The experiment that runs belong to."""
 
-    name: Text | None = Field(
+    # The limit is MLflow's (mlflow.utils.validation), as is the form of a run's id below.
+    name: Annotated[Text, Field(max_length=500)] | None = Field(
         default=None, description="The experiment that runs belong to; null is the package's name."
     )
     create_experiment_kwargs: CreateExperimentOptions = CreateExperimentOptions()
@@ -138,7 +139,9 @@ class ExperimentOptions(_Options):
 class RunOptions(_Options):
     """The run itself."""
 
-    id: Text | None = Field(default=None, description="Continue the run with this id.")
+    id: Annotated[Text, Field(max_length=256, pattern="^[a-zA-Z0-9][a-zA-Z0-9_-]*$")] | None = (
+        Field(default=None, description="Continue the run with this id.")
+    )
     name: Text | None = Field(
         default=None,
         description="Name of the run; null is the pipeline's name. ${km.random_name:} makes one "

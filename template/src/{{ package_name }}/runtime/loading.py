@@ -245,13 +245,15 @@ class _Sources:
         try:
             top = yaml.compose(file.read_text("utf-8"))
             if top is None or isinstance(top, yaml.MappingNode):
-                OmegaConf.load(file)  # refuses a key that stands there twice
+                for key in OmegaConf.load(file):  # refuses a key that stands there twice
+                    if not isinstance(key, str):
+                        raise ConfigError(f"{self._shown(file)}: {key!r}: expected a name")
         except OmegaConfBaseException as error:
             raise self._interpolation(error) from error
         except yaml.MarkedYAMLError as error:
             line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
             raise ConfigError(f"{self._shown(file)}{line}: {error.problem}") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except (yaml.YAMLError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise ConfigError(f"{self._shown(file)}: {reason}") from error
         if not (top is None or isinstance(top, yaml.MappingNode)):
@@ -309,7 +311,9 @@ def _mistake(problem: Any) -> str:
     kind, shown = problem["type"], repr(problem["input"])
     if kind == "extra_forbidden":
         return f"unknown key, {_nearest(problem['loc'])}"
-    expected = _EXPECTED.get(kind) or problem["msg"].replace("Input should be", "expected")
+    expected = _EXPECTED.get(kind) or re.sub(
+        r"^(Input should be|String should have|String should)", "expected", problem["msg"]
+    )
     return f"{expected}, got {shown if len(shown) <= 60 else shown[:59] + '…'}"
 
 
