@@ -61,8 +61,11 @@ def load_config(context: KedroContext) -> MlflowConfig:
         project,
     )
     registry_uri = anchor_uri(config.server.mlflow_registry_uri or tracking_uri, project)
-    for key, uri in (("mlflow_tracking_uri", tracking_uri), ("mlflow_registry_uri", registry_uri)):
-        if not _has_store(uri):
+    for key, uri, plugins in (
+        ("mlflow_tracking_uri", tracking_uri, "mlflow.tracking_store"),
+        ("mlflow_registry_uri", registry_uri, "mlflow.model_registry_store"),
+    ):
+        if not _has_store(uri, plugins):
             raise ConfigError(
                 f"{sources.where(('server', key))}: server.{key}: expected a path, a database or "
                 f"an address with http:// or https://, got {shown_uri(uri)!r}"
@@ -380,15 +383,11 @@ def anchor_uri(uri: str, project_path: PurePath) -> str:
     return (project_path / uri).as_uri()
 
 
-def _has_store(uri: str) -> bool:
-    """Tell whether MLflow, or a plugin of it, has a store for a URI."""
+def _has_store(uri: str, plugins: str) -> bool:
+    """Tell whether MLflow, or one of a group of its plugins, has a store for a URI."""
     scheme = uri.split(":", 1)[0]
     known = {"http", "https", "file", "databricks", "databricks-uc", "uc"}
-    return (
-        scheme in known
-        or is_database(uri)
-        or scheme in entry_points(group="mlflow.tracking_store").names
-    )
+    return scheme in known or is_database(uri) or scheme in entry_points(group=plugins).names
 
 
 def _takes_file_store() -> bool:
