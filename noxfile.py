@@ -10,7 +10,7 @@ import nox
 nox.needs_version = ">=2025.5.1"
 nox.options.default_venv_backend = "uv"
 nox.options.reuse_venv = "yes"
-nox.options.sessions = ["lint", "tests"]
+nox.options.sessions = ["lint", "tests", "e2e"]
 
 HERE = Path(__file__).parent
 ENV = {
@@ -52,7 +52,7 @@ def tests(session: nox.Session) -> None:
     session.run("pytest", *(session.posargs or ["--numprocesses=auto"]))
 
 
-@nox.session(default=False)
+@nox.session
 def e2e(session: nox.Session) -> None:
     """Generate, install, run, test and update whole projects; arguments go to pytest."""
     install(session, "e2e")
