@@ -60,6 +60,63 @@ print("runs:", len(mlflow.search_runs()))
     assert "runs: 2" in output
 
 
+INTERRUPTED_ONCE = """
+import mlflow
+from kedro.pipeline import Node, Pipeline
+
+def work(x):
+    mlflow.start_run(nested=True, run_name="inner")
+    if x == 1:
+        raise KeyboardInterrupt
+    return x
+
+def create_pipeline():
+    return Pipeline([Node(work, "params:x", "y")])
+"""
+
+
+def test_an_interrupted_cell_ends_its_run_at_once_and_leaves_nothing_to_the_next(
+    project: Project,
+) -> None:
+    project.pipeline(INTERRUPTED_ONCE)
+    project.parameters({"x": 1})
+
+    output = ipython(
+        project,
+        """
+import mlflow
+shell = get_ipython()
+shell.run_cell("session.run()")
+print("statuses:", [run.info.status for run in mlflow.search_runs(output_format="list")])
+assert mlflow.active_run() is None
+shell.run_line_magic("reload_kedro", "--params=x=2")
+shell.run_cell("session.run()")
+""",
+    )
+
+    assert "statuses: ['KILLED', 'KILLED']" in output
+    newest = {run.info.run_name: run for run in reversed(project.all_runs())}["__default__"]
+    assert newest.info.status == "FINISHED"
+    assert "mlflow.parentRunId" not in newest.data.tags
+
+
+def test_a_script_that_survives_an_interruption_ends_the_run_with_its_next_one(
+    project: Project,
+) -> None:
+    project.pipeline(INTERRUPTED_ONCE)
+    project.parameters({"x": 1})
+
+    with pytest.raises(KeyboardInterrupt):
+        project.run()
+    project.run(params={"x": 2})
+
+    runs = [run for run in project.all_runs() if run.info.run_name == "__default__"]
+    assert [run.info.status for run in runs] == ["FINISHED", "KILLED"]
+    assert runs[1].data.tags["kedro_error"].startswith("interrupted")
+    assert not [run for run in runs if "mlflow.parentRunId" in run.data.tags]
+    assert mlflow.active_run() is None
+
+
 def test_a_notebook_makes_no_request_until_mlflow_is_used(
     new_project: Callable[..., Project], server: CountingProxy
 ) -> None:

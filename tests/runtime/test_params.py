@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from mlflow.utils.validation import _validate_param_name
+from mlflow.utils.validation import _validate_param
 
 from runtime import params
 from runtime.config import MlflowConfig
 
-SECRETS = MlflowConfig().tracking.redact
+SECRETS = params.Secrets(tuple(MlflowConfig().tracking.redact))
 
 
 def test_only_parameters_are_selected_and_lose_their_prefix() -> None:
@@ -33,24 +33,47 @@ def test_dictionaries_are_flattened_to_the_depth_asked_for(
 ) -> None:
     nested = {"a": {"b": 1, "c": {"d": 2, "e": {}}}, "f": [3]}
 
-    assert params.flatten(nested, recursive=recursive, sep=".") == flat
+    assert dict(params.flatten(nested, recursive=recursive, sep=".")) == flat
 
 
-@given(st.dictionaries(st.text(min_size=1, max_size=20), st.integers()))
-def test_renaming_loses_no_parameter_and_mlflow_takes_every_name(given: dict[str, int]) -> None:
+names = st.text(max_size=10) | st.text("./_ a:", max_size=6) | st.text("ab/", min_size=245)
+
+
+@given(st.lists(st.tuples(names, st.integers())))
+def test_renaming_loses_no_parameter_and_mlflow_takes_every_name(
+    given: list[tuple[str, int]],
+) -> None:
     renamed = params.rename(given)
 
-    assert sorted(renamed.values()) == sorted(given.values())
+    assert sorted(renamed.values()) == sorted(value for _, value in given)
     for name in renamed:
-        assert params._REFUSED.search(name) is None
+        _validate_param(name, "value")
+
+
+@pytest.mark.parametrize("name", ["a", "a.b", "a/b", "a b", "a:b-c_d", "ünï", "a..b", ".a"])
+def test_a_name_that_mlflow_takes_stays(name: str) -> None:
+    assert params.rename([(name, 1), (f"{name}%", 2)])[name] == 1
 
 
 def test_names_that_become_equal_stay_apart() -> None:
-    renamed = params.rename({"a.d$e": 1, "a.d%e": 2, "a.d_e": 3})
+    renamed = params.rename([("a.d$e", 1), ("a.d%e", 2), ("a.d_e", 3)])
 
     assert renamed == {"a.d_e": 3, "a.d_e_2": 1, "a.d_e_3": 2}
-    for name in renamed:
-        _validate_param_name(name)
+
+
+def test_entries_that_flattening_gives_the_same_name_are_all_kept() -> None:
+    given: dict[Any, Any] = {"a": {"b.c": 1, "b": {"c": 2}}, 3: {4: "integer keys"}}
+
+    flat = params.flatten(given, recursive=True, sep=".")
+
+    assert params.rename(flat) == {"a.b.c": 1, "a.b.c_2": 2, "3.4": "integer keys"}
+
+
+def test_long_names_that_begin_alike_stay_apart() -> None:
+    renamed = params.rename([("a" * 300 + "b", 1), ("a" * 300 + "c", 2)])
+
+    assert sorted(renamed.values()) == [1, 2]
+    assert {len(name) for name in renamed} == {250}
 
 
 def test_values_with_the_name_of_a_secret_are_starred_wherever_they_stand() -> None:
@@ -62,7 +85,7 @@ def test_values_with_the_name_of_a_secret_are_starred_wherever_they_stand() -> N
         "max_tokens": 5,
     }
 
-    shown = params.redact(given, SECRETS)
+    shown = SECRETS.hide(given)
 
     assert "t0p" not in str(shown)
     assert shown["db"]["user"] == "ada"
@@ -70,7 +93,22 @@ def test_values_with_the_name_of_a_secret_are_starred_wherever_they_stand() -> N
 
 
 def test_a_parameter_below_a_secret_name_is_starred() -> None:
-    assert params.redact("t0p", SECRETS, "aws.credentials.id") == "***"
+    assert SECRETS.hide("t0p", "aws.credentials.id") == "***"
+
+
+def test_values_of_credentials_are_starred_wherever_they_stand() -> None:
+    credentials = {"s3": {"key": "AKIA0123", "ssl": True, "port": 9000}, "db": {"password": "ab12"}}
+    secrets = params.Secrets((), frozenset(params.secret_values(credentials)))
+
+    given = {"a": "AKIA0123", "b": ["ab12"], "c": "s3://AKIA0123@bucket", "d": {"e": "ab123"}}
+    shown = {"a": "***", "b": ["***"], "c": "s3://***@bucket", "d": {"e": "ab123"}}
+    assert secrets.hide(given) == shown
+    assert secrets.hide({"flag": True, "port": 9000, "seed": 9}) == {
+        "flag": True,
+        "port": "***",
+        "seed": 9,
+    }
+    assert "AKIA" not in repr(secrets)
 
 
 @pytest.mark.parametrize(

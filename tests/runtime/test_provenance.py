@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
 from kedro.framework.cli.project import run as kedro_run
 from kedro.runner import ParallelRunner, SequentialRunner
 
@@ -37,6 +39,52 @@ def test_the_command_repeats_the_run(run_params: dict[str, Any], command: str) -
     assert provenance.kedro_command(run_params) == command
     # Kedro's own parser takes it.
     kedro_run.make_context("run", shlex.split(command)[2:])
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.from_regex("[a-z]{1,3}", fullmatch=True), inner, max_size=3)
+    ),
+)
+
+
+@given(st.dictionaries(st.from_regex("[a-z_]{1,5}", fullmatch=True), values, max_size=4))
+@example({"a": "1", "b": "x, y", "c": [1, "two", None], "d": {}, "e": "it's 50%", "f": ""})
+@example({"a": " blank ", "b": "null", "c": "[", "d": "2026-11-21", "e": "a=b", "f": "ü\n,"})
+def test_the_command_gives_the_same_parameters_whatever_they_are(given: dict[str, Any]) -> None:
+    # Neither a lone surrogate nor a NUL can be on a command line, nor OmegaConf's references.
+    assume(not any(c in repr(given) for c in ("\\ud", "\\x00", "$")))
+    command = provenance.kedro_command({"runtime_params": given})
+
+    context = kedro_run.make_context("run", shlex.split(command)[2:])
+
+    assert (context.params["params"] or {}) == given
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        ["--runner-params=is_async=True,max_workers=2"],
+        ["--async"],
+        ["--conf-source=conf/other"],
+        [],
+    ],
+)
+def test_options_that_kedro_does_not_pass_on_are_in_the_command(
+    typed: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "conf/other").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    first = kedro_run.make_context("run", list(typed)).params
+
+    options = provenance.command_options(first, tmp_path)
+
+    second = kedro_run.make_context("run", options).params
+    if "--async" in typed:  # deprecated in favour of a runner parameter
+        first = {**first, "is_async": False, "runner_params": {"is_async": True}}
+    assert second == first
 
 
 def test_a_runner_is_named_as_the_command_line_takes_it() -> None:

@@ -5,19 +5,16 @@ from __future__ import annotations
 import errno
 import os
 import pickle
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import mlflow
 import pytest
 from kedro.io import DatasetError
 from mlflow.exceptions import MlflowException
 
-from runtime.tracking import RunHandle, Server
+from runtime.server import Server
+from runtime.tracking import RunHandle
 
 from .conftest import Project
 from .servers import CountingProxy
@@ -32,39 +29,7 @@ def create_pipeline():
     return Pipeline([Node(double, "params:x", "y", name="double")])
 """
 
-FAILING = """
-from kedro.pipeline import Node, Pipeline
-
-def fail():
-    raise ValueError("no penguins")
-
-def create_pipeline():
-    return Pipeline([Node(fail, None, "y", name="hatch")])
-"""
-
-# Twelve nodes that log in every way there is; each file, key and run is a node's own.
-BUSY = """
-import mlflow
-from kedro.pipeline import Node, Pipeline
-
-COUNT = 12
-
-def make(number):
-    mlflow.log_metric(f"fluent_{number}", number)
-    mlflow.log_param(f"fluent_{number}", number)
-    mlflow.log_text("hello", f"fluent_{number}.txt")
-    with mlflow.start_run(nested=True, run_name=f"child_{number}"):
-        mlflow.log_metric("inner", number)
-    return float(number), [0.5, 0.25], f"text {number}"
-
-def create_pipeline():
-    return Pipeline([
-        Node(make, f"params:n{i}", [f"m{i}_metric", f"h{i}_history", f"t{i}_text"], name=f"node{i}")
-        for i in range(COUNT)
-    ])
-"""
-
-BUSY_CATALOG = """
+CATALOG = """
 "{name}_metric":
   type: PACKAGE.runtime.MlflowMetricDataset
 "{name}_history":
@@ -160,21 +125,6 @@ def test_two_runs_in_one_process_are_two_runs(project: Project) -> None:
     assert [run.data.params["x"] for run in project.all_runs()] == ["2", "1"]
 
 
-def test_a_failing_node_leaves_a_failed_run_that_says_why(project: Project) -> None:
-    project.pipeline(FAILING)
-
-    with pytest.raises(ValueError, match="no penguins"):
-        project.run()
-
-    run = project.only_run()
-    assert run.info.status == "FAILED"
-    assert run.data.tags["kedro_error"] == "ValueError: no penguins"
-    assert run.data.tags["kedro_failed_node"] == "hatch"
-    traceback = project.client.download_artifacts(run.info.run_id, "traceback.txt")
-    assert 'raise ValueError("no penguins")' in Path(traceback).read_text()
-    assert mlflow.active_run() is None
-
-
 def test_metrics_that_the_store_refuses_end_the_run_as_failed(project: Project) -> None:
     project.pipeline(ONE_NODE)
     project.parameters({"x": 1})
@@ -195,74 +145,6 @@ def test_a_dataset_that_cannot_be_made_fails_before_there_is_a_run(project: Proj
         project.run()
 
     assert project.all_runs() == []
-
-
-def test_a_failing_node_ends_kedro_run_with_status_1(project: Project) -> None:
-    project.pipeline(FAILING)
-
-    assert project.kedro("run").returncode == 1
-    assert project.only_run().info.status == "FAILED"
-
-
-def test_an_interrupted_run_is_killed(project: Project, tmp_path: Path) -> None:
-    fifo = tmp_path / "running"
-    os.mkfifo(fifo)
-    project.pipeline(
-        f"""
-        import threading
-        from kedro.pipeline import Node, Pipeline
-
-        def wait():
-            open({str(fifo)!r}, "w").close()
-            threading.Event().wait()
-
-        def create_pipeline():
-            return Pipeline([Node(wait, None, "y")])
-        """
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-m", "kedro", "run"], cwd=project.path, stderr=subprocess.DEVNULL
-    )
-    with fifo.open():  # opened once the node runs
-        process.send_signal(signal.SIGINT)
-
-    assert process.wait(60) != 0
-    assert project.only_run().info.status == "KILLED"
-
-
-@pytest.mark.parametrize(
-    ("runner", "start_method"),
-    [
-        ("SequentialRunner", "fork"),
-        ("ThreadRunner", "fork"),
-        ("ParallelRunner", "fork"),
-        ("ParallelRunner", "spawn"),
-        ("ParallelRunner", "forkserver"),
-    ],
-)
-def test_every_runner_logs_everything_to_one_run(
-    project: Project, runner: str, start_method: str
-) -> None:
-    project.pipeline(BUSY)
-    project.catalog(BUSY_CATALOG)
-    project.parameters({f"n{i}": i for i in range(12)})
-
-    ended = project.kedro("run", f"--runner={runner}", KEDRO_MP_CONTEXT=start_method)
-
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    runs = project.all_runs()
-    assert {run.info.status for run in runs} == {"FINISHED"}
-    (main,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
-    children = [run for run in runs if run is not main]
-    assert {c.data.tags["mlflow.parentRunId"] for c in children} == {main.info.run_id}
-    assert {c.info.run_name for c in children} == {f"child_{i}" for i in range(12)}
-    for i in range(12):
-        assert main.data.params[f"n{i}"] == main.data.params[f"fluent_{i}"] == str(i)
-        assert main.data.metrics[f"fluent_{i}"] == main.data.metrics[f"m{i}_metric"] == i
-        history = project.client.get_metric_history(main.info.run_id, f"h{i}_history")
-        assert sorted((m.step, m.value) for m in history) == [(0, 0.5), (1, 0.25)]
-    files = {file.path for file in project.client.list_artifacts(main.info.run_id)}
-    assert files == {f"{kind}{i}.txt" for i in range(12) for kind in ("fluent_", "t")}
 
 
 def test_a_run_on_a_server_has_its_files_and_model_there(
@@ -288,7 +170,7 @@ def test_a_run_on_a_server_has_its_files_and_model_there(
         """
     )
     project.catalog(
-        BUSY_CATALOG
+        CATALOG
         + """
 line:
   type: PACKAGE.runtime.MlflowModelTrackingDataset
@@ -315,37 +197,6 @@ slope: {type: PACKAGE.runtime.MlflowMetricDataset}
     assert not (project.path / "mlartifacts").exists()
 
 
-def test_an_open_run_is_attached_to_and_left_open(project: Project) -> None:
-    project.pipeline(ONE_NODE)
-    project.parameters({"x": 1})
-    mlflow.set_tracking_uri(project.tracking_uri)
-
-    with mlflow.start_run(run_name="mine", tags={"mlflow.source.name": "me"}) as mine:
-        project.run()
-        assert mlflow.active_run() is mine
-        assert project.only_run().info.status == "RUNNING"
-
-    run = project.only_run()
-    assert (run.info.run_name, run.data.params) == ("mine", {"x": "1"})
-    assert run.data.tags["mlflow.source.name"] == "me"
-    assert run.data.tags["kedro_command"] == "kedro run"
-
-
-def test_the_run_that_the_environment_names_is_attached_to_and_left_open(
-    project: Project, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    project.pipeline(ONE_NODE)
-    project.parameters({"x": 1})
-    given = project.client.create_run("0", run_name="theirs")
-    monkeypatch.setenv("MLFLOW_RUN_ID", given.info.run_id)
-
-    project.run()
-
-    run = project.only_run()
-    assert (run.info.run_name, run.info.status) == ("theirs", "RUNNING")
-    assert run.data.params == {"x": "1"}
-
-
 def test_a_disabled_pipeline_makes_no_run_and_logs_nothing(project: Project) -> None:
     project.pipeline(
         """
@@ -358,7 +209,7 @@ def test_a_disabled_pipeline_makes_no_run_and_logs_nothing(project: Project) -> 
             return Pipeline([Node(make, None, ["m_metric", "h_history", "t_text"])])
         """
     )
-    project.catalog(BUSY_CATALOG)
+    project.catalog(CATALOG)
     project.mlflow_yml("tracking: {disable_tracking: {pipelines: [__default__]}}")
 
     project.run()
@@ -372,7 +223,7 @@ def test_nothing_but_a_tracked_run_imports_mlflow_or_needs_the_store(
 ) -> None:
     project = new_project()
     project.pipeline(ONE_NODE)
-    project.catalog(BUSY_CATALOG)
+    project.catalog(CATALOG)
     # A package that can't be imported stands in MLflow's way.
     guard = tmp_path / "guard" / "mlflow" / "__init__.py"
     guard.parent.mkdir(parents=True)
@@ -402,54 +253,3 @@ def test_a_handle_pickles() -> None:
     handle = RunHandle(Server("sqlite:///a", "sqlite:///a"), "run", "1", "file:///a")
 
     assert pickle.loads(pickle.dumps(handle)) == handle
-
-
-@pytest.mark.parametrize(
-    ("code", "catalog", "parameters", "flatten", "limit"),
-    [
-        (ONE_NODE, "", {"x": 1}, False, 4),
-        (ONE_NODE.replace("2 * x", "1"), "", {"x": {f"k{i}": i for i in range(1000)}}, True, 14),
-        (
-            """
-            from kedro.pipeline import Node, Pipeline
-
-            def curve(x):
-                return [1 / (step + 1) for step in range(x)]
-
-            def create_pipeline():
-                return Pipeline([Node(curve, "params:x", "curve")])
-            """,
-            "curve: {type: PACKAGE.runtime.MlflowMetricHistoryDataset}",
-            {"x": 1000},
-            False,
-            5,
-        ),
-    ],
-    ids=["one node", "1,000 leaves", "1,000 steps"],
-)
-def test_a_run_makes_few_requests(
-    new_project: Callable[..., Project],
-    server: CountingProxy,
-    code: str,
-    catalog: str,
-    parameters: dict[str, object],
-    flatten: bool,
-    limit: int,
-) -> None:
-    project = new_project(tracking_backend="server", tracking_uri=server.uri)
-    project.tracking_uri = server.uri
-    project.pipeline(code)
-    project.catalog(catalog)
-    project.parameters(parameters)
-    project.mlflow_yml(
-        f"tracking: {{params: {{dict_params: {{flatten: {str(flatten).lower()}}}}}}}"
-    )
-    project.client.create_experiment(project.package)
-    if not flatten:
-        project.mlflow_yml("tracking: {params: {long_params_strategy: truncate}}")
-    server.requests.clear()
-
-    project.run()
-
-    # One more than the server's own: parameters are logged beside what creates the run.
-    assert len(server.requests) <= limit + bool(parameters), server.requests

@@ -5,11 +5,13 @@ See https://docs.kedro.org/en/stable/configure/configuration_basics/ for all the
 
 from omegaconf.resolvers import oc
 
-from .runtime import MlflowHook, random_name
+from .runtime import ConfigLoader, MlflowHook, random_name
 
 # Tracks every run, as conf/<env>/mlflow.yml says.
 HOOKS = (MlflowHook(),)
 
+# Kedro's own, for runs that overlap in one process too, as in `kedro server start`.
+CONFIG_LOADER_CLASS = ConfigLoader
 CONFIG_LOADER_ARGS = {
     "base_env": "base",
     "default_run_env": "local",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .config import MlflowConfig
+    from .config_loader import ConfigLoader
     from .datasets.artifacts import MlflowArtifactDataset
     from .datasets.metrics import (
         MlflowMetricDataset,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "ConfigError": "loading",
+    "ConfigLoader": "config_loader",
     "MlflowConfig": "config",
     "MlflowHook": "hooks",
     "MlflowArtifactDataset": "datasets.artifacts",
@@ -39,6 +41,7 @@ _MODULES = {
 
 __all__ = [
     "ConfigError",
+    "ConfigLoader",
     "MlflowArtifactDataset",
     "MlflowConfig",
     "MlflowHook",

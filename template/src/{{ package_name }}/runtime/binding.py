@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
-from dataclasses import dataclass
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
+import click
 from kedro.framework import project
 
-from . import credentials, params, provenance, tracking
+from . import credentials, endings, params, provenance, tracking
 from .config import MlflowConfig, RequestHeaderProviderOptions
 from .datasets.tracked import TrackedDataset
 from .loading import (
@@ -18,11 +24,14 @@ from .loading import (
     read_credentials,
     register_header_provider,
 )
+from .server import SettingError
 
 if TYPE_CHECKING:
     from kedro.framework.context import KedroContext
     from kedro.io import DataCatalog
     from kedro.pipeline import Pipeline
+
+logger = logging.getLogger(__name__)
 
 # The entry of the catalog that holds the binding. Kedro builds a catalog for each run and hands
 # it, pickled, to every worker.
@@ -31,19 +40,20 @@ ENTRY = "mlflow:run"
 
 @dataclass(frozen=True)
 class Binding:
-    """What the catalog carries: the run, its project's package, and who signs its requests."""
+    """What the catalog carries: the run, and what a worker has to know of where it comes from."""
 
     run: tracking.RunHandle
     package_name: str
     header_provider: RequestHeaderProviderOptions
+    secrets: params.Secrets
+    main_process: int
+    managers: tuple[int, ...]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _arrive, (self.run, self.package_name, self.header_provider)
+        return _arrive, tuple(getattr(self, field.name) for field in fields(self))
 
 
-def _arrive(
-    run: tracking.RunHandle, package_name: str, header_provider: RequestHeaderProviderOptions
-) -> Binding:
+def _arrive(*values: Any) -> Binding:
     """Unpickle a binding; in a worker that has no settings, take those of the binding's project.
 
     Kedro's tasks register `settings.HOOKS` in every worker, but in one that was not forked the
@@ -51,20 +61,68 @@ def _arrive(
     configure the project there (`kedro.runner.task`) needs a package name that isn't set, and
     must not find one: it fails at the second task of a worker.
     """
+    binding = Binding(*values)
     if project.PACKAGE_NAME is None and not project.settings.HOOKS:
-        project.settings.configure(f"{package_name}.settings")
-    if not header_provider.pass_context:  # there is no context in a worker
-        credentials.register_header_provider(header_provider, None)
-    return Binding(run, package_name, header_provider)
+        project.settings.configure(f"{binding.package_name}.settings")
+    if not binding.header_provider.pass_context:  # there is no context in a worker
+        credentials.register_header_provider(binding.header_provider, None)
+    endings.follow_parent(binding.main_process, binding.managers)
+    return binding
 
 
-def run_of(catalog: DataCatalog) -> tracking.RunHandle | None:
-    """Give the run that a catalog is bound to, or None when its pipeline isn't tracked."""
+def _binding_of(catalog: DataCatalog) -> Binding | None:
     # Not `in catalog`: there a pattern such as "{default}" matches every name.
     if ENTRY not in list(catalog):
         return None
     binding: Binding = catalog[ENTRY].load()
-    return binding.run
+    return binding
+
+
+def run_of(catalog: DataCatalog) -> tracking.RunHandle | None:
+    """Give the run that a catalog is bound to, or None when its pipeline isn't tracked."""
+    binding = _binding_of(catalog)
+    return binding.run if binding else None
+
+
+def fail(catalog: DataCatalog, error: BaseException) -> None:
+    """End the run of a catalog as FAILED, with the reason."""
+    report(catalog, error)
+    if run := run_of(catalog):
+        with _warning_of_failures(run):
+            run.finish("FAILED")
+
+
+def report(catalog: DataCatalog, error: BaseException, node: str | None = None) -> None:
+    """Say in the run of a catalog why it fails; once for each error, where it comes up first.
+
+    A worker says it too, because an error may not survive its way to the main process.
+    """
+    binding = _binding_of(catalog)
+    if binding is None or getattr(error, _REPORTED, None) == binding.run.opening:
+        return
+    with suppress(AttributeError):  # an exception with slots is told twice
+        setattr(error, _REPORTED, binding.run.opening)
+    lines = traceback.format_exception(type(error), error, error.__traceback__)
+    with _warning_of_failures(binding.run):
+        binding.run.report_error(
+            binding.secrets.hide_in(f"{type(error).__name__}: {error}"),
+            binding.secrets.hide_in("".join(lines)),
+            node,
+        )
+
+
+_REPORTED = "reported_to_mlflow_run"
+
+
+@contextmanager
+def _warning_of_failures(run: tracking.RunHandle) -> Iterator[None]:
+    """Don't let what MLflow has to complain of hide the error that it should be told."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        logger.warning("MLflow run %s could not be told why it fails: %s", run.run_id, error)
 
 
 def track(
@@ -83,24 +141,36 @@ def track(
     server = config.server.connection
     # A dataset that can't be made fails here, before there is a run.
     datasets = {name: catalog.get(name) for name in pipeline.datasets()}
+    secrets = params.Secrets(
+        tuple(config.tracking.redact),
+        frozenset(params.secret_values(context._get_config_credentials())),
+    )
     run = None
     if not set(names) <= set(config.tracking.disable_tracking.pipelines):
-        logged, tags = _parameters(config, pipeline, catalog)
+        logged, tags = _parameters(config, pipeline, catalog, secrets)
         variables = read_credentials(context)
         register_header_provider(context)
         try:
             run = tracking.start(
                 server,
                 config.tracking,
-                name=config.tracking.run.name or "+".join(names),
+                name=secrets.hide_in(config.tracking.run.name or "+".join(names)),
                 params=logged,
-                tags={**_tags(config, context, run_params), **tags},
+                tags={**_tags(context, run_params, secrets), **tags},
                 variables=variables,
+                project_path=context.project_path,
             )
-        except tracking.SettingError as error:
+        except SettingError as error:
             raise mistake(context, error.key, str(error)) from error
-        provider = config.server.request_header_provider
-        catalog[ENTRY] = Binding(run, package_name(context), provider)
+        server = run.server
+        catalog[ENTRY] = Binding(
+            run,
+            package_name(context),
+            config.server.request_header_provider,
+            secrets,
+            os.getpid(),
+            tuple(endings.managers()),
+        )
     elif config.tracking.disable_tracking.disable_autologging and "mlflow" in sys.modules:
         sys.modules["mlflow"].autolog(disable=True)  # it would make a run of its own
 
@@ -112,7 +182,7 @@ def track(
 
 
 def _parameters(
-    config: MlflowConfig, pipeline: Pipeline, catalog: DataCatalog
+    config: MlflowConfig, pipeline: Pipeline, catalog: DataCatalog, secrets: params.Secrets
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Read the parameters that the pipeline uses, ready to log, and those that become tags."""
     inputs = {name for node in pipeline.nodes for name in node.inputs}
@@ -125,14 +195,14 @@ def _parameters(
         }
     )
     options = config.tracking.params
-    values = {
-        name: params.redact(value, config.tracking.redact, name) for name, value in values.items()
-    }
+    values = {name: secrets.hide(value, name) for name, value in values.items()}
     if options.dict_params.flatten:
-        values = params.flatten(
+        named = params.flatten(
             values, recursive=options.dict_params.recursive, sep=options.dict_params.sep
         )
-    texts = {name: str(value) for name, value in params.rename(values).items()}
+    else:
+        named = iter(values.items())
+    texts = {name: secrets.hide_in(str(value)) for name, value in params.rename(named).items()}
     try:
         return params.split_long(
             texts,
@@ -147,10 +217,13 @@ def _parameters(
 
 
 def _tags(
-    config: MlflowConfig, context: KedroContext, run_params: dict[str, Any]
+    context: KedroContext, run_params: dict[str, Any], secrets: params.Secrets
 ) -> dict[str, str]:
-    shown = params.redact(run_params, config.tracking.redact)
+    command = click.get_current_context(silent=True)
+    options = provenance.command_options(
+        command.params if command and command.info_name == "run" else {}, context.project_path
+    )
     return {
-        **provenance.run_tags(shown),
+        **provenance.run_tags(secrets.hide(run_params), [secrets.hide_in(o) for o in options]),
         **provenance.source_tags(context.project_path, package_name(context)),
     }

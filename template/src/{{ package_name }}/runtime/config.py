@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Experiment
 
-    from .tracking import Server
+    from .server import Server
 
 
 def _as_text(value: Any) -> Any:
@@ -89,7 +89,7 @@ class ServerOptions(_Options):
     @property
     def connection(self) -> Server:
         """The two URIs, for the runtime."""
-        from .tracking import Server
+        from .server import Server
 
         return Server(self.mlflow_tracking_uri or "", self.mlflow_registry_uri or "")
 
@@ -131,7 +131,7 @@ class ExperimentOptions(_Options):
     @property
     def entity(self) -> Experiment:
         """MLflow's object for the experiment, which is made or restored when need be."""
-        from .tracking import experiment_of
+        from .server import experiment_of
 
         return experiment_of((self._server or ServerOptions()).connection, self)
 
@@ -225,7 +225,7 @@ class MlflowConfig(_Options):
         registers the header provider. Takes the context whose `mlflow` this is.
         """
         from .loading import read_credentials, register_header_provider
-        from .tracking import set_up
+        from .server import set_up
 
         variables = read_credentials(context)
         register_header_provider(context)

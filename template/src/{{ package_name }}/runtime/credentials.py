@@ -15,17 +15,17 @@ if TYPE_CHECKING:
 # What each variable was before the first run that exports it, and what each running run wants.
 # Runs in one process may overlap, and the last one to end puts everything back.
 _before: dict[str, str | None] = {}
-_wanted: dict[str, Mapping[str, str]] = {}
+_wanted: dict[str, Mapping[str, str | None]] = {}
 _lock = Lock()
 
 
-def export(run_id: str, variables: Mapping[str, str]) -> None:
-    """Set environment variables for a run."""
+def export(run_id: str, variables: Mapping[str, str | None]) -> None:
+    """Set environment variables for a run; None takes one away."""
     with _lock:
         _wanted[run_id] = variables
         for name, value in variables.items():
             _before.setdefault(name, os.environ.get(name))
-            os.environ[name] = value
+            _set(name, value)
 
 
 def take_back(run_id: str) -> None:
@@ -33,11 +33,20 @@ def take_back(run_id: str) -> None:
     with _lock:
         for name in _wanted.pop(run_id, {}):
             still = [variables[name] for variables in _wanted.values() if name in variables]
-            value = still[-1] if still else _before.pop(name)
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+            _set(name, still[-1] if still else _before.pop(name))
+
+
+def original(name: str) -> str | None:
+    """Tell what an environment variable is without what runs have exported."""
+    with _lock:
+        return _before.get(name, os.environ.get(name))
+
+
+def _set(name: str, value: str | None) -> None:
+    if value is None:
+        os.environ.pop(name, None)
+    else:
+        os.environ[name] = value
 
 
 _registered: set[str] = set()

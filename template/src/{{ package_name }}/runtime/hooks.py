@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from contextvars import ContextVar
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from kedro.framework.hooks import hook_impl
@@ -14,6 +16,8 @@ if TYPE_CHECKING:
     from kedro.pipeline import Pipeline
     from kedro.pipeline.node import Node
 
+    from .config import MlflowConfig
+
 # The context whose pipeline this thread is about to run. Kedro gives `before_pipeline_run` no
 # context, and a service session shares this hook between threads.
 _context: ContextVar[KedroContext] = ContextVar("kedro_context")
@@ -22,69 +26,124 @@ _context: ContextVar[KedroContext] = ContextVar("kedro_context")
 class MlflowHook:
     """Track every pipeline that runs as one MLflow run. For `HOOKS` in settings.py.
 
-    Whatever the order in `HOOKS`, the run is there before other hooks are called and ends after
-    them, so that they can log to it too.
+    Its methods go around those of other hooks, whatever the order in `HOOKS`: they can log to the
+    run too, and when one of them fails the run ends as well.
     """
 
     @hook_impl
     def after_context_created(self, context: KedroContext) -> None:
-        """Read `mlflow.yml` and offer it as `context.mlflow`."""
-        from .loading import load_config
-
-        config = load_config(context)
-        context.mlflow = config  # type: ignore[attr-defined]
+        """Offer `context.mlflow`, which reads `mlflow.yml` when it is first used."""
+        _offer_config(context)
         _context.set(context)
         if "IPython" in sys.modules and sys.modules["IPython"].get_ipython():
-            from .tracking import announce
+            from .server import announce
 
+            config: MlflowConfig = context.mlflow  # type: ignore[attr-defined]
             announce(config.server.connection, config.tracking.experiment)
+            _end_what_a_cell_leaves(sys.modules["IPython"].get_ipython())
 
-    @hook_impl(tryfirst=True)
+    @hook_impl(wrapper=True)
     def before_pipeline_run(
         self, run_params: dict[str, Any], pipeline: Pipeline, catalog: DataCatalog
-    ) -> None:
+    ) -> Iterator[None]:
         """Open the run with all parameters and tags, and bind it to the run's catalog."""
-        from .binding import track
+        from .binding import fail, track
 
         track(_context.get(), run_params, pipeline, catalog)
+        try:
+            return (yield)
+        except BaseException as error:  # Kedro tells no hook of it
+            fail(catalog, error)
+            raise
 
-    @hook_impl(tryfirst=True)
-    def before_node_run(self, catalog: DataCatalog) -> None:
+    @hook_impl(wrapper=True)
+    def before_node_run(self, node: Node, catalog: DataCatalog) -> Iterator[None]:
         """Let the node's own `mlflow.log_metric(…)` land in the run."""
-        from .binding import run_of
+        from .binding import report, run_of
 
-        if run := run_of(catalog):
-            run.enter()
+        run = run_of(catalog)
+        if run is None:
+            return (yield)
+        run.enter()
+        try:
+            return (yield)
+        except BaseException as error:
+            run.leave(status="FAILED")
+            report(catalog, error, node.name)
+            raise
 
-    @hook_impl(trylast=True)
-    def after_node_run(self, catalog: DataCatalog) -> None:
+    @hook_impl(wrapper=True)
+    def after_node_run(self, catalog: DataCatalog) -> Iterator[None]:
         """Take the run back from the thread."""
         from .binding import run_of
 
-        if run := run_of(catalog):
-            run.leave()
+        try:
+            return (yield)
+        finally:
+            if run := run_of(catalog):
+                run.leave()
 
-    @hook_impl(trylast=True)
-    def on_node_error(self, error: Exception, node: Node, catalog: DataCatalog) -> None:
+    @hook_impl(wrapper=True)
+    def on_node_error(self, error: Exception, node: Node, catalog: DataCatalog) -> Iterator[None]:
         """Say which node failed, and why."""
-        from .binding import run_of
+        from .binding import report, run_of
 
-        if run := run_of(catalog):
-            run.leave()
-            run.report_error(error, node.name)
+        try:
+            return (yield)
+        finally:
+            if run := run_of(catalog):
+                run.leave(status="FAILED")
+                report(catalog, error, node.name)
 
-    @hook_impl(trylast=True)
-    def after_pipeline_run(self, catalog: DataCatalog) -> None:
+    @hook_impl(wrapper=True)
+    def after_pipeline_run(self, catalog: DataCatalog) -> Iterator[None]:
         """End the run."""
-        from .binding import run_of
+        from .binding import fail, run_of
 
+        try:
+            result = yield
+        except BaseException as error:
+            fail(catalog, error)
+            raise
         if run := run_of(catalog):
             run.finish("FINISHED")
+        return result
 
-    @hook_impl(trylast=True)
-    def on_pipeline_error(self, catalog: DataCatalog) -> None:
+    @hook_impl(wrapper=True)
+    def on_pipeline_error(self, error: Exception, catalog: DataCatalog) -> Iterator[None]:
         """End the run as failed."""
-        from .binding import run_of
+        from .binding import fail
 
-        if run := run_of(catalog):
-            run.finish("FAILED")
+        try:
+            return (yield)
+        finally:
+            fail(catalog, error)
+
+
+def _offer_config(context: KedroContext) -> None:
+    """Give a context the attribute `mlflow`: most commands never read it, and stay fast."""
+    context._load_mlflow = _load_config  # type: ignore[attr-defined]
+    kind: Any = type(context)
+    if not hasattr(kind, "mlflow"):
+        # Whichever project is the first to set it: each context has its own project's function.
+        kind.mlflow = cached_property(lambda context: context._load_mlflow(context))
+        kind.mlflow.__set_name__(kind, "mlflow")
+
+
+def _load_config(context: KedroContext) -> MlflowConfig:
+    from .loading import load_config
+
+    return load_config(context)
+
+
+def _end_what_a_cell_leaves(shell: Any) -> None:
+    """End a run whose cell was interrupted, as soon as that cell has ended."""
+    if _after_cell not in shell.events.callbacks["post_run_cell"]:
+        shell.events.register("post_run_cell", _after_cell)
+
+
+def _after_cell(result: Any) -> None:  # noqa: ARG001
+    if "mlflow" in sys.modules:
+        from .tracking import end_abandoned
+
+        end_abandoned()

@@ -57,7 +57,7 @@ def load_config(context: KedroContext) -> MlflowConfig:
     project = context.project_path
 
     tracking_uri = anchor_uri(
-        config.server.mlflow_tracking_uri or _uri_of_environment() or "sqlite:///mlflow.db",
+        config.server.mlflow_tracking_uri or uri_of_environment() or "sqlite:///mlflow.db",
         project,
     )
     registry_uri = anchor_uri(config.server.mlflow_registry_uri or tracking_uri, project)
@@ -97,7 +97,8 @@ def load_config(context: KedroContext) -> MlflowConfig:
     )
 
 
-def _uri_of_environment() -> str | None:
+def uri_of_environment() -> str | None:
+    """Give the tracking URI that the user's environment names, not that which `announce` left."""
     uri = os.environ.get("MLFLOW_TRACKING_URI")
     return None if uri == os.environ.get(ANNOUNCED) else uri
 

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import posixpath
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
-# Characters that MLflow accepts in the name of a parameter (mlflow.utils.validation).
-_REFUSED = re.compile(r"[^/\w.\- :]")
+# What MLflow accepts as the name of a parameter (mlflow.utils.validation).
+_REFUSED = re.compile(r"[^/\w.\- ]" if os.name == "nt" else r"[^/\w.\- :]")
+_MAX_NAME = 250
+
+# Shorter values of credentials are no secrets; below the second length they are common words.
+_SHORT_SECRET = 4
+_LONG_SECRET = 6
 
 REDACTED = "***"
 
@@ -26,52 +35,97 @@ def select(inputs: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def flatten(params: Mapping[str, Any], *, recursive: bool, sep: str) -> dict[str, Any]:
-    """Give every entry of a dictionary a name of its own: `{"a": {"b": 1}}` becomes `{"a.b": 1}`.
+def flatten(params: Mapping[str, Any], *, recursive: bool, sep: str) -> Iterator[tuple[str, Any]]:
+    """Give every entry of a dictionary a name of its own: `{"a": {"b": 1}}` becomes `a.b`, 1.
 
     An empty dictionary is kept as a value. With `recursive` false only the first level of
-    each dictionary is taken apart.
+    each dictionary is taken apart. Two entries may get the same name: `rename` keeps them apart.
     """
-    flat: dict[str, Any] = {}
     for name, value in params.items():
         if not isinstance(value, Mapping) or not value:
-            flat[str(name)] = value
-            continue
-        inner = flatten(value, recursive=True, sep=sep) if recursive else value
-        flat.update({f"{name}{sep}{key}": item for key, item in inner.items()})
-    return flat
+            yield str(name), value
+        else:
+            inner = flatten(value, recursive=True, sep=sep) if recursive else value.items()
+            yield from ((f"{name}{sep}{key}", item) for key, item in inner)
 
 
-def rename(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Replace by `_` what MLflow refuses in a name; names that become equal get a number."""
+def rename(params: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Give each parameter a name that MLflow takes, and that no other one has.
+
+    What MLflow refuses becomes `_`, a name that is too long ends in a hash of it, and of names
+    that become equal all but the first get a number.
+    """
     renamed: dict[str, Any] = {}
     # Names that are right already come first, so that they are never the ones to change.
-    for name in sorted(params, key=lambda name: (_REFUSED.search(name) is not None, name)):
-        base = candidate = _REFUSED.sub("_", name)
+    for name, value in sorted(params, key=lambda item: (_fitting(item[0]) != item[0], item[0])):
+        base = candidate = _fitting(name)
         number = 2
         while candidate in renamed:
-            candidate = f"{base}_{number}"
+            ending = f"_{number}"
+            candidate = base[: _MAX_NAME - len(ending)] + ending
             number += 1
-        renamed[candidate] = params[name]
+        renamed[candidate] = value
     return renamed
 
 
-def is_secret(name: str, patterns: Iterable[str]) -> bool:
-    """Tell whether a part of a dotted name matches one of the patterns, whatever its case."""
-    parts = re.split(r"[./:]", name.lower())
-    return any(fnmatchcase(part, pattern.lower()) for part in parts for pattern in patterns)
+def _fitting(name: str) -> str:
+    fitting = _REFUSED.sub("_", name)
+    if posixpath.normpath(fitting) != fitting or fitting.startswith("/"):  # `a//b`, `/a`, nothing
+        fitting = fitting.replace("/", "_") or "_"
+    fitting = re.sub(r"^\.+$|^\.\.+", lambda dots: "_" * len(dots[0]), fitting)  # a folder above
+    if len(fitting) > _MAX_NAME:
+        digest = hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:8]
+        fitting = f"{fitting[: _MAX_NAME - 9]}_{digest}"
+    return fitting
 
 
-def redact(value: Any, patterns: Iterable[str], name: str = "") -> Any:
-    """Replace by `***` each value with the name of a secret, also inside of dictionaries."""
-    patterns = tuple(patterns)
-    if name and is_secret(name, patterns):
-        return REDACTED
-    if isinstance(value, Mapping):
-        return {key: redact(item, patterns, str(key)) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [redact(item, patterns) for item in value]
-    return value
+@dataclass(frozen=True)
+class Secrets:
+    """What must not be stored: values with names like those of secrets, and values that are known.
+
+    `patterns` are names as in `fnmatch`, whatever their case; `values` come from credentials.
+    """
+
+    patterns: tuple[str, ...]
+    values: frozenset[str] = field(default=frozenset(), repr=False)
+
+    def hide(self, value: Any, name: str = "") -> Any:
+        """Replace by `***` each secret value, also inside of dictionaries and lists."""
+        if name and self._is_named(name):
+            return REDACTED
+        if isinstance(value, Mapping):
+            return {key: self.hide(item, str(key)) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [self.hide(item) for item in value]
+        if isinstance(value, str):
+            return self.hide_in(value)
+        return REDACTED if str(value) in self.values else value
+
+    def hide_in(self, text: str) -> str:
+        """Replace by `***` each secret value in a text; a short one only if it is all of it."""
+        if text in self.values:
+            return REDACTED
+        for secret in sorted(self.values, key=len, reverse=True):
+            if len(secret) >= _LONG_SECRET:
+                text = text.replace(secret, REDACTED)
+        return text
+
+    def _is_named(self, name: str) -> bool:
+        parts = re.split(r"[./:]", name.lower())
+        return any(fnmatchcase(p, pattern.lower()) for p in parts for pattern in self.patterns)
+
+
+def secret_values(credentials: Any) -> Iterator[str]:
+    """Give the values in credentials that are long enough to be told from ordinary ones."""
+    if isinstance(credentials, Mapping):
+        credentials = credentials.values()
+    if isinstance(credentials, str | int | float):
+        text = str(credentials)
+        if len(text) >= _SHORT_SECRET and text.lower() not in {"true", "false", "none", "null"}:
+            yield text
+    elif isinstance(credentials, Iterable):
+        for item in credentials:
+            yield from secret_values(item)
 
 
 def split_long(

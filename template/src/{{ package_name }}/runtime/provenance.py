@@ -6,11 +6,14 @@ import getpass
 import json
 import re
 import shlex
-import socket
 import subprocess
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import yaml
+from kedro.utils import is_kedro_project
 
 # `run_params` entries that are lists, with the option of `kedro run` that gives each.
 _LIST_OPTIONS = {
@@ -45,8 +48,11 @@ def runner_name(run_params: Mapping[str, Any]) -> str:
     return name.rpartition(".")[2] if name.startswith("kedro.runner.") else name
 
 
-def kedro_command(run_params: Mapping[str, Any]) -> str:
-    """Write the `kedro run …` that repeats a run, quoted for a POSIX shell."""
+def kedro_command(run_params: Mapping[str, Any], options: Sequence[str] = ()) -> str:
+    """Write the `kedro run …` that repeats a run from the project's folder, for a POSIX shell.
+
+    `options` come after those of `run_params`.
+    """
     words = ["kedro", "run"]
     if env := run_params.get("env"):
         words.append(f"--env={env}")
@@ -60,29 +66,74 @@ def kedro_command(run_params: Mapping[str, Any]) -> str:
     if versions := run_params.get("load_versions"):
         words.append("--load-versions=" + ",".join(f"{k}:{v}" for k, v in versions.items()))
     if params := run_params.get("runtime_params") or run_params.get("extra_params"):
-        words.append("--params=" + ",".join(f"{k}={v}" for k, v in _leaves(params)))
+        words.append("--params=" + ",".join(_param(k, v) for k, v in params.items()))
     if (runner := runner_name(run_params)) != "SequentialRunner":
         words.append(f"--runner={runner}")
     if run_params.get("only_missing_outputs"):
         words.append("--only-missing-outputs")
-    return shlex.join(words)
+    return shlex.join([*words, *options])
+
+
+def _param(name: str, value: Any) -> str:
+    """Write a parameter as `kedro run --params` reads it: as YAML, between commas."""
+    plain = ",".join(f"{k}={v}" for k, v in _leaves({name: value}))
+    if _read_params(plain) == {name: value}:
+        return plain
+    # Blocks and quoted scalars instead of anything with a comma.
+    text = yaml.safe_dump(value, default_style='"', width=sys.maxsize, allow_unicode=True)
+    quoted = f"{name}={text.strip()}".replace(",", "\\x2c")
+    return quoted if _read_params(quoted) == {name: value} else plain
+
+
+def _read_params(text: str) -> Any:
+    """Read `--params` as Kedro does (kedro.framework.cli.utils)."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    items = [item.strip() for item in text.split(",") if item.strip()]
+    try:
+        return OmegaConf.to_container(OmegaConf.from_dotlist(items))
+    except (OmegaConfBaseException, yaml.YAMLError):
+        return None
 
 
 def _leaves(params: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
     for key, value in params.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and value:
             yield from _leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value if isinstance(value, str) else json.dumps(value)
 
 
-def run_tags(run_params: Mapping[str, Any]) -> dict[str, str]:
+def command_options(given: Mapping[str, Any], project_path: Path) -> list[str]:
+    """Write the options of `kedro run` that Kedro doesn't pass on in `run_params`.
+
+    Takes the parameters of the click command: `conf_source`, `is_async`, `runner_params`.
+    """
+    options = []
+    if conf_source := given.get("conf_source"):
+        path = Path(conf_source).resolve()
+        inside = path.is_relative_to(project_path)
+        options.append(f"--conf-source={path.relative_to(project_path) if inside else path}")
+    runner_params = dict(given.get("runner_params") or {})
+    if given.get("is_async"):
+        if "runner_params" in given:
+            runner_params["is_async"] = True
+        else:  # Kedro before runner parameters
+            options.append("--async")
+    if runner_params:
+        words = ",".join(_param(name, value) for name, value in runner_params.items())
+        options.append(f"--runner-params={words}")
+    return options
+
+
+def run_tags(run_params: Mapping[str, Any], options: Sequence[str] = ()) -> dict[str, str]:
     """Make one tag of each non-empty entry of Kedro's `run_params`, and the command."""
     tags = {key: _as_text(value) for key, value in run_params.items() if value}
     return {
         **tags,
         "runner": runner_name(run_params),
-        "kedro_command": kedro_command(run_params),
+        "kedro_command": kedro_command(run_params, options),
     }
 
 
@@ -102,8 +153,8 @@ def source_tags(project_path: Path, package_name: str) -> dict[str, str]:
         "mlflow.user": _user(),
         "mlflow.source.name": package_name,
         "mlflow.source.type": "LOCAL",
-        "host": socket.gethostname(),
-        **git_tags(project_path),
+        # A packaged project may be run from within anybody's repository.
+        **(git_tags(project_path) if is_kedro_project(project_path) else {}),
     }
 
 

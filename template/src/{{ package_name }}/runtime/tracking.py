@@ -12,73 +12,34 @@ import os
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, NamedTuple
 from uuid import uuid4
 
-from . import credentials
-from .loading import ANNOUNCED, shown_uri, sqlite_file
+from . import credentials, endings
+from .loading import ConfigError, anchor_uri, shown_uri, uri_of_environment
+from .server import Server, SettingError, experiment_id, prepare
 
 if TYPE_CHECKING:
-    from mlflow import ActiveRun, MlflowClient
-    from mlflow.entities import Experiment, Metric, Run
+    from mlflow import ActiveRun
+    from mlflow.entities import Metric, Run
 
-    from .config import ExperimentOptions, TrackingOptions
+    from .config import TrackingOptions
 
 logger = logging.getLogger(__name__)
 
+INTERRUPTED = "interrupted: the pipeline was left before its end (Ctrl-C, or sys.exit in a node)"
+
+# The folder of a project that notes which of its runs are in progress.
+MARKERS = ".mlflow-running"
+
 # A point waits at most this long, in seconds, for others to share its request with.
 FLUSH_AFTER = 1.0
-
-
-@dataclass(frozen=True)
-class Server:
-    """Where runs (`tracking_uri`) and registered models (`registry_uri`) are kept."""
-
-    tracking_uri: str
-    registry_uri: str
-
-    @property
-    def client(self) -> MlflowClient:
-        """The MLflow client for this server."""
-        return _client(self.tracking_uri, self.registry_uri)
-
-    def use(self) -> None:
-        """Point `mlflow.…` in this process at this server, without a request.
-
-        The environment stays as it is: another project in this process must not take this
-        project's server for one that the user has chosen.
-        """
-        import mlflow
-
-        if mlflow.get_tracking_uri() != self.tracking_uri:
-            before = os.environ.get("MLFLOW_TRACKING_URI")
-            mlflow.set_tracking_uri(self.tracking_uri)
-            os.environ.pop("MLFLOW_TRACKING_URI", None)
-            if before is not None:
-                os.environ["MLFLOW_TRACKING_URI"] = before
-        if mlflow.get_registry_uri() != self.registry_uri:
-            mlflow.set_registry_uri(self.registry_uri)
-
-
-@lru_cache
-def _client(tracking_uri: str, registry_uri: str) -> MlflowClient:
-    from mlflow import MlflowClient
-
-    return MlflowClient(tracking_uri, registry_uri)
-
-
-class SettingError(Exception):
-    """A setting that the server shows to be wrong: the key in `mlflow.yml`, and what is right."""
-
-    def __init__(self, key: tuple[str, ...], what: str) -> None:
-        super().__init__(what)
-        self.key = key
 
 
 class Point(NamedTuple):
@@ -95,8 +56,8 @@ class RunHandle:
     """A run, named by strings alone: it pickles, and logs to the same run from any process.
 
     `attached` marks a run that somebody else opened and will end. `fresh` marks one that was
-    made for this Kedro run, so that nothing can have been logged to it before; `exported` names
-    its credentials in the environment of the process that started it.
+    made for this Kedro run, so that nothing can have been logged to it before; `opening` tells
+    this Kedro run from others that log to the same run.
     """
 
     server: Server
@@ -106,13 +67,28 @@ class RunHandle:
     name: str = ""
     attached: bool = False
     fresh: bool = False
-    exported: str = ""
+    opening: str = ""
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether this process started the run, or attached to it, and has not ended it yet."""
+        return _key(self) in _started
 
     def log_params(self, params: Mapping[str, str]) -> None:
         """Log parameters, at most 100 a request (MLflow's limit)."""
         from mlflow.entities import Param
+        from mlflow.exceptions import MlflowException
 
-        self.server.client.log_batch(self.run_id, params=[Param(k, v) for k, v in params.items()])
+        try:
+            self.server.client.log_batch(
+                self.run_id, params=[Param(k, v) for k, v in params.items()]
+            )
+        except MlflowException as error:
+            if self.fresh or error.error_code != "INVALID_PARAMETER_VALUE":
+                raise
+            raise ConfigError(
+                f"The run {self.run_id} exists and has other parameters: {error.message}"
+            ) from error
 
     def log_metrics(self, points: Iterable[Point]) -> None:
         """Log points of metrics, at most 1,000 a request (MLflow's limit).
@@ -122,7 +98,7 @@ class RunHandle:
         """
         outbox = _outbox(self)
         outbox.add(points)
-        if not _is_ours(self):
+        if not self.is_ours:
             outbox.flush()
 
     def metric_history(self, key: str) -> list[Metric]:
@@ -139,7 +115,7 @@ class RunHandle:
     def last_step(self, key: str) -> int | None:
         """Tell the highest step of a metric, asking the server only about what it can't know."""
         outbox = _outbox(self)
-        if key not in outbox.last_steps and not (self.fresh and _is_ours(self)):
+        if key not in outbox.last_steps and not (self.fresh and self.is_ours):
             steps = [metric.step for metric in self.metric_history(key)]
             if steps:
                 outbox.last_steps[key] = max(steps)
@@ -165,63 +141,71 @@ class RunHandle:
         """Send every point that waits in this process."""
         _outbox(self).flush()
 
-    def enter(self) -> None:
-        """Make this MLflow's active run in this thread, without a request."""
+    def enter(self, scope: str = "node") -> None:
+        """Make this MLflow's active run in this thread, without a request.
+
+        `scope` says for how long: for `leave` to find what belongs to it.
+        """
         from mlflow.tracking import fluent
 
         self.server.use()
         # Runs that the user's code nests in this one belong to the same experiment.
         fluent._active_experiment_id = self.experiment_id  # type: ignore[assignment]
-        fluent._active_run_stack.get().append(_active_run(self))
+        fluent._active_run_stack.get().append(_active_run(self, scope))
+        _watch_exit(os.getpid())
 
-    def leave(self) -> None:
+    def leave(self, scope: str = "node", status: str = "FINISHED") -> None:
         """Take back what `enter` did; a run that was opened since and left open is ended."""
+        if "mlflow" not in sys.modules:
+            return
         from mlflow.tracking import fluent
 
         stack = fluent._active_run_stack.get()
-        if not any(run.info.run_id == self.run_id for run in stack):
-            return  # the user's code has called mlflow.end_run()
-        while stack[-1].info.run_id != self.run_id:
-            fluent.end_run()
-        stack.pop()
+        mine = [getattr(run, "entered", None) == (self.run_id, scope) for run in stack]
+        if any(mine):  # else the user's code has ended it, or this is another thread
+            _cut(stack, len(mine) - 1 - mine[::-1].index(True), status)
 
     @contextmanager
     def active(self) -> Iterator[None]:
         """Hold the run as MLflow's active run in this thread."""
-        self.enter()
+        self.enter("block")
         try:
             yield
         finally:
-            self.leave()
+            self.leave("block")
 
-    def finish(self, status: str) -> None:
-        """Send what waits and end the run as FINISHED, FAILED or KILLED.
+    def finish(self, status: str, reason: str | None = None) -> None:
+        """Send what waits and end the run as FINISHED, FAILED or KILLED; only the first call does.
 
         A run that was attached to is left open for its owner. When what waits can't be sent, the
         run ends as FAILED and the error is raised.
         """
+        started = _started.pop(_key(self), None)
+        if started is None:
+            return
+        self.leave("pipeline", status)
+        if not _started:
+            endings.forget_signals()
         try:
             self.flush()
         except BaseException:
             status = "FAILED"
             raise
         finally:
-            _forget(self)
+            _outboxes.pop(_key(self), None)
             try:
                 if not self.attached:
-                    self.server.client.set_terminated(self.run_id, status)
+                    _end(self.server, self.run_id, self.experiment_id, status, reason)
                     logger.info("MLflow run '%s' (%s) %s", self.name, self.run_id, status)
+                    endings.unmark(started.markers, self.run_id)
             finally:
-                credentials.take_back(self.exported)
+                credentials.take_back(self.opening)
 
-    def report_error(self, error: BaseException, node: str | None = None) -> None:
+    def report_error(self, error: str, traceback: str, node: str | None = None) -> None:
         """Say in tags and in the artifact `traceback.txt` why the run fails."""
-        lines = traceback.format_exception(type(error), error, error.__traceback__)
-        tags = {"kedro_error": f"{type(error).__name__}: {error}"}
-        if node:
-            tags["kedro_failed_node"] = node
+        tags = {"kedro_error": error, **({"kedro_failed_node": node} if node else {})}
         self.set_tags(tags)
-        self.log_text("".join(lines), "traceback.txt")
+        self.log_text(traceback, "traceback.txt")
 
 
 class _Outbox:
@@ -276,31 +260,119 @@ class _Outbox:
             logger.warning("Metrics could not be sent yet: %s", error)
 
 
-# What this process holds of runs, by process id and run id: a forked worker inherits the
-# dictionaries, and must neither send the parent's points again nor end its runs.
-_outboxes: dict[tuple[int, str], _Outbox] = {}
-_started: dict[tuple[int, str], RunHandle] = {}
+# What this process holds of runs: a forked worker inherits the dictionaries, and must neither
+# send the parent's points again nor end its runs.
+_Key = tuple[int, str, str]
+_outboxes: dict[_Key, _Outbox] = {}
+_started: dict[_Key, _Started] = {}
+
+
+def _key(run: RunHandle) -> _Key:
+    return os.getpid(), run.run_id, run.opening
 
 
 def _outbox(run: RunHandle) -> _Outbox:
-    return _outboxes.setdefault((os.getpid(), run.run_id), _Outbox(run))
+    return _outboxes.setdefault(_key(run), _Outbox(run))
 
 
-def _is_ours(run: RunHandle) -> bool:
-    return (os.getpid(), run.run_id) in _started
+@dataclass(frozen=True)
+class _Started:
+    """A run that this process started: in which thread, and below which call on its stack.
+
+    `markers` is the folder that notes which runs are in progress.
+    """
+
+    run: RunHandle
+    markers: Path
+    thread: int
+    frame: FrameType
+
+    def is_abandoned(self) -> bool:
+        """Tell whether the call that runs the pipeline was left without a word, as by Ctrl-C."""
+        if threading.get_ident() != self.thread:
+            return False
+        frame: FrameType | None = sys._getframe()
+        while frame is not None and frame is not self.frame:
+            frame = frame.f_back
+        return frame is None
 
 
-def _forget(run: RunHandle) -> None:
-    _outboxes.pop((os.getpid(), run.run_id), None)
-    _started.pop((os.getpid(), run.run_id), None)
+def end_abandoned() -> None:
+    """End the runs of this thread whose pipeline was interrupted; Kedro tells no hook of it."""
+    for started in list(_started.values()):
+        if started.is_abandoned():
+            started.run.finish("KILLED", INTERRUPTED)
 
 
-@atexit.register
-def _kill_unfinished() -> None:
-    """End the runs whose pipeline was interrupted; Kedro tells hooks only of an `Exception`."""
-    for (pid, _), run in list(_started.items()):
+@lru_cache
+def _watch_exit(pid: int) -> None:  # noqa: ARG001
+    """See to it, once in a process, that what is open at its exit doesn't end as FINISHED.
+
+    MLflow does that. It has to be imported by now: what is registered later is called first.
+    """
+    atexit.register(_interrupt)
+
+
+def _interrupt() -> None:
+    from mlflow.tracking import fluent
+
+    _end_all(INTERRUPTED)
+    stack = fluent._active_run_stack.get()  # in a worker, where the run is not ours to end
+    entered = [hasattr(run, "entered") for run in stack]
+    if any(entered):
+        _cut(stack, entered.index(True), "KILLED")
+
+
+def _cut(stack: list[ActiveRun], length: int, status: str) -> None:
+    """Shorten MLflow's stack of active runs; those that the user's code opened are ended."""
+    from mlflow.tracking import fluent
+
+    while len(stack) > length:
+        if hasattr(stack[-1], "entered"):
+            stack.pop()
+        else:
+            fluent.end_run(status)
+
+
+def _end_all(reason: str) -> None:
+    for (pid, *_), started in list(_started.items()):
         if pid == os.getpid():
-            run.finish("KILLED")
+            started.run.finish("KILLED", reason)
+
+
+def _end(
+    server: Server, run_id: str, experiment_id: str, status: str, reason: str | None = None
+) -> None:
+    """End a run; one that didn't finish takes the child runs that are still open with it."""
+    from mlflow.entities import RunTag
+
+    client = server.client
+    if reason:
+        client.log_batch(run_id, tags=[RunTag("kedro_error", reason)])
+    client.set_terminated(run_id, status)
+    if status != "FINISHED":
+        of_this = f"tags.`mlflow.parentRunId` = '{run_id}' and attributes.status = 'RUNNING'"
+        for child in client.search_runs([experiment_id], of_this):
+            _end(server, child.info.run_id, experiment_id, status)
+
+
+def _end_orphans(server: Server, markers: Path) -> None:
+    """End the runs on this server whose process is gone, as after `kill -9`."""
+    from mlflow.exceptions import MlflowException
+
+    for marker in endings.orphans(markers, shown_uri(server.tracking_uri)):
+        try:
+            run = server.client.get_run(marker.run_id)
+            if run.info.status == "RUNNING":
+                process = marker.process
+                reason = f"the process {process.pid} on {process.host} ended without a word"
+                _end(server, marker.run_id, run.info.experiment_id, "KILLED", reason)
+                logger.warning("MLflow run %s was still open: %s", marker.run_id, reason)
+        except MlflowException as error:
+            logger.warning("MLflow run %s could not be ended: %s", marker.run_id, error)
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                continue
+        endings.unmark(markers, marker.run_id)
 
 
 def start(
@@ -311,30 +383,54 @@ def start(
     params: Mapping[str, str],
     tags: Mapping[str, str],
     variables: Mapping[str, str],
+    project_path: Path,
 ) -> RunHandle:
     """Open the run of a pipeline with all its parameters and tags.
 
     That is the run already active in this thread, the one that `MLFLOW_RUN_ID` names (both are
-    left to their owners to end), the one that `tracking.run.id` names, or a new one. `variables`
-    are in the environment until the run ends.
+    left to their owners to end), the one that `tracking.run.id` names, or a new one.
+
+    Args:
+        server: Where the project's runs are.
+        options: The part `tracking` of mlflow.yml.
+        name: Name of a new run.
+        params: Parameters, each short enough for the store.
+        tags: Tags; those that a run of somebody else has already stay as they are.
+        variables: What is in the environment until the run ends.
+        project_path: The project's folder; it keeps note of the runs that are in progress.
+
+    Raises:
+        SettingError: When a setting in mlflow.yml names what isn't there.
+        ConfigError: When `MLFLOW_RUN_ID` does, or the run has other values of these parameters.
     """
-    exported = uuid4().hex
+    opening, markers = uuid4().hex, project_path / MARKERS
+    given = credentials.original("MLFLOW_RUN_ID")
+    # MLflow would take up that run where the user's code asks for a child of it.
+    exported: dict[str, str | None] = {**variables, "MLFLOW_RUN_ID": None}
     if shown_uri(server.tracking_uri) != server.tracking_uri:
         # MLflow prints the address of each run, password and all.
-        variables = {**variables, "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true"}
-    credentials.export(exported, variables)
+        exported["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
+    credentials.export(opening, exported)
     try:
-        handle = replace(_open(server, options, name, tags), exported=exported)
+        handle, tags = _open(
+            _server_of_environment(server, project_path) if given else server,
+            options,
+            name,
+            {**tags, **endings.this_process().tags()},
+            given,
+        )
+        handle = replace(handle, opening=opening)
     except BaseException:
-        credentials.take_back(exported)
+        credentials.take_back(opening)
         raise
-    _started[os.getpid(), handle.run_id] = handle
+    _started[_key(handle)] = _Started(handle, markers, threading.get_ident(), _caller())
     try:
-        if not handle.fresh:
-            if handle.attached:  # user and source of somebody else's run stay theirs
-                tags = {k: v for k, v in tags.items() if not k.startswith("mlflow.")}
+        _watch(handle, markers)
+        if tags:
             handle.set_tags(tags)
         handle.log_params(params)
+        handle.enter("pipeline")
+        _end_orphans(handle.server, markers)
     except BaseException:
         handle.finish("FAILED")
         raise
@@ -348,39 +444,99 @@ def start(
     return handle
 
 
+def _watch(run: RunHandle, markers: Path) -> None:
+    """See to it that a run ends however its process does."""
+    if not run.attached:
+        endings.mark(markers, run.run_id, shown_uri(run.server.tracking_uri))
+    endings.watch_signals(_end_all)
+
+
+def _caller() -> FrameType:
+    """Give the call that runs the pipeline: the first one outside of this package and pluggy."""
+    package = __name__.rpartition(".")[0]
+    frame = sys._getframe()
+    while frame.f_back and frame.f_globals["__name__"].startswith((f"{package}.", "pluggy.")):
+        frame = frame.f_back
+    return frame
+
+
 def _open(
-    server: Server, options: TrackingOptions, name: str, tags: Mapping[str, str]
-) -> RunHandle:
+    server: Server,
+    options: TrackingOptions,
+    name: str,
+    tags: dict[str, str],
+    given: str | None,
+) -> tuple[RunHandle, Mapping[str, str]]:
+    """Open the run; tells which tags it still has to get."""
     import mlflow
-    from mlflow.exceptions import MlflowException
 
     if options.disable_tracking.disable_autologging:
         mlflow.autolog(disable=True)
+    end_abandoned()
     active = mlflow.active_run()
-    # A node that starts a Kedro run of its own is in a run of ours.
-    outer = active if active and (os.getpid(), active.info.run_id) in _started else None
-    if active and not outer:
+    if active and not any(s.run.run_id == active.info.run_id for s in _started.values()):
         server = Server(mlflow.get_tracking_uri(), mlflow.get_registry_uri())
-        return _handle(server, active, attached=True)
-    _prepare(server, options.experiment)
+        return _attach(server, active.info.run_id, tags)
+    if given and not active:
+        return _attach(server, given, tags)
+    prepare(server, options.experiment)
     server.use()
-    if outer:
-        parent = {"mlflow.parentRunId": outer.info.run_id} if options.run.nested else {}
-        tags = {**tags, **parent}
-    elif given := os.environ.get("MLFLOW_RUN_ID"):
-        return _handle(server, server.client.get_run(given), attached=True)
-    elif continued := options.run.id:
-        try:
-            server.client.update_run(continued, status="RUNNING")
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
-            what = f"there is no such run on {shown_uri(server.tracking_uri)}, got {continued!r}"
-            raise SettingError(("tracking", "run", "id"), what) from error
-        return _handle(server, server.client.get_run(continued))
-    experiment = _experiment_id(server, options.experiment)
+    if options.run.id and not active:
+        handle = _handle(server, _continued(server, options.run.id))
+        return handle, tags
+    if active and options.run.nested:  # a node starts a Kedro run of its own
+        tags["mlflow.parentRunId"] = active.info.run_id
+    experiment = experiment_id(server, options.experiment)
     run = server.client.create_run(experiment, tags=_fitting(tags), run_name=name)
-    return _handle(server, run, fresh=True)
+    return _handle(server, run, fresh=True), {}
+
+
+def _attach(
+    server: Server, run_id: str, tags: Mapping[str, str]
+) -> tuple[RunHandle, Mapping[str, str]]:
+    run = _existing(server, run_id)
+    if run is None:
+        raise ConfigError(
+            f"MLFLOW_RUN_ID: expected the id of a run on {shown_uri(server.tracking_uri)} "
+            f"that is not deleted, got {run_id!r}"
+        )
+    # User, source and process of somebody else's run stay theirs.
+    unset = {k: v for k, v in tags.items() if k not in run.data.tags and k not in _OWNERS_TAGS}
+    unset = {k: v for k, v in unset.items() if not k.startswith("mlflow.")}
+    return _handle(server, run, attached=True), unset
+
+
+_OWNERS_TAGS = {"host", "pid", "process_start"}
+
+
+def _continued(server: Server, run_id: str) -> Run:
+    run = _existing(server, run_id)
+    if run is None:
+        what = f"there is no such run on {shown_uri(server.tracking_uri)}, got {run_id!r}"
+        raise SettingError(("tracking", "run", "id"), what)
+    server.client.update_run(run_id, status="RUNNING")
+    return run
+
+
+def _existing(server: Server, run_id: str) -> Run | None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        run = server.client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise
+        return None
+    return run if run.info.lifecycle_stage == "active" else None
+
+
+def _server_of_environment(server: Server, project_path: Path) -> Server:
+    """Give the server of whoever set `MLFLOW_RUN_ID`: the environment names it, or mlflow.yml."""
+    given = uri_of_environment()
+    if given is None:
+        return server
+    tracking_uri = anchor_uri(given, project_path)
+    return Server(tracking_uri, os.environ.get("MLFLOW_REGISTRY_URI") or tracking_uri)
 
 
 def _handle(server: Server, run: Run, *, attached: bool = False, fresh: bool = False) -> RunHandle:
@@ -393,45 +549,6 @@ def _handle(server: Server, run: Run, *, attached: bool = False, fresh: bool = F
         attached=attached,
         fresh=fresh,
     )
-
-
-def set_up(server: Server, options: ExperimentOptions, variables: Mapping[str, str]) -> None:
-    """Point `mlflow.…` in this process at the project's server and experiment, for good.
-
-    The experiment is made, or restored, when there is none.
-    """
-    import mlflow
-
-    credentials.export("set_up", variables)
-    server.use()
-    mlflow.set_experiment(experiment_id=experiment_of(server, options).experiment_id)
-
-
-def experiment_of(server: Server, options: ExperimentOptions) -> Experiment:
-    """Give the experiment that runs belong to; make or restore it when need be."""
-    _prepare(server, options)
-    return server.client.get_experiment(_experiment_id(server, options))
-
-
-def announce(server: Server, options: ExperimentOptions) -> None:
-    """Let MLflow find the project's server and experiment when somebody uses it.
-
-    For notebooks. Environment variables do this without importing MLflow and without a request.
-    """
-    os.environ.pop("MLFLOW_EXPERIMENT_ID", None)  # MLflow refuses an id and a name that differ
-    os.environ.update(
-        MLFLOW_TRACKING_URI=server.tracking_uri,
-        MLFLOW_REGISTRY_URI=server.registry_uri,
-        MLFLOW_EXPERIMENT_NAME=options.name or "",
-        # Where MLflow puts the files of an experiment that it makes itself.
-        _MLFLOW_SERVER_ARTIFACT_ROOT=options.create_experiment_kwargs.artifact_location or "",
-        **{ANNOUNCED: server.tracking_uri},
-    )
-    if "mlflow" in sys.modules:
-        from mlflow.tracking import fluent
-
-        fluent._active_experiment_id = None  # that of another project
-        server.use()
 
 
 def attach(server: Server | None = None, run_id: str | None = None) -> RunHandle | None:
@@ -453,15 +570,15 @@ def parameter_limit() -> int:
 
 
 def _fitting(tags: Mapping[str, str]) -> dict[str, str]:
-    from mlflow.utils.validation import MAX_TAG_VAL_LENGTH
+    from mlflow.utils.validation import MAX_TAG_VAL_LENGTH as LIMIT
 
-    return {
-        key: value if len(value) <= MAX_TAG_VAL_LENGTH else f"{value[: MAX_TAG_VAL_LENGTH - 1]}…"
-        for key, value in tags.items()
-    }
+    fitting = {k: v if len(v) <= LIMIT else f"{v[: LIMIT - 1]}…" for k, v in tags.items()}
+    if cut := ", ".join(key for key, value in tags.items() if value != fitting[key]):
+        logger.warning("Cut to the %d characters that MLflow takes: tags %s", LIMIT, cut)
+    return fitting
 
 
-def _active_run(run: RunHandle) -> ActiveRun:
+def _active_run(run: RunHandle, scope: str) -> ActiveRun:
     """Build MLflow's own object for a run from the handle, which saves the request for it."""
     from mlflow import ActiveRun
     from mlflow.entities import LifecycleStage, Run, RunData, RunInfo, RunStatus
@@ -477,75 +594,6 @@ def _active_run(run: RunHandle) -> ActiveRun:
         artifact_uri=run.artifact_uri,
         run_name=run.name,
     )
-    return ActiveRun(Run(info, RunData()))
-
-
-def _prepare(server: Server, experiment: ExperimentOptions) -> None:
-    """Make an embedded store that doesn't exist yet, whole before anybody can see it.
-
-    MLflow makes one on first use too, but where two processes start at once each meets the
-    other's half-made tables.
-    """
-    file = sqlite_file(server.tracking_uri)
-    if file is None or file.exists():
-        return
-    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
-
-    logger.info("Creating the embedded MLflow store %s", server.tracking_uri)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    draft = file.with_name(f"{file.name}.{uuid4().hex}")
-    try:
-        with _quiet("alembic"):
-            # MLflow's experiment "Default" comes with it: its artifacts go where the others go.
-            location = experiment.create_experiment_kwargs.artifact_location
-            store = SqlAlchemyStore(f"sqlite:///{draft.as_posix()}", location)
-        store.engine.dispose()
-        try:
-            # Unlike a renaming, a link never replaces the store that another process has made.
-            os.link(draft, file)
-        except FileExistsError:
-            logger.info("Another process has made the store meanwhile")
-        except OSError:  # a file system without links
-            if not file.exists():
-                draft.replace(file)
-    finally:
-        draft.unlink(missing_ok=True)
-
-
-@contextmanager
-def _quiet(name: str) -> Iterator[None]:
-    """Hide what a logger tells below a warning, such as a line for each of forty migrations."""
-    noisy = logging.getLogger(name)
-    before = noisy.level
-    noisy.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        noisy.setLevel(before)
-
-
-def _experiment_id(server: Server, options: ExperimentOptions) -> str:
-    from mlflow.exceptions import MlflowException
-
-    name = options.name or "Default"
-    found: Experiment | None = server.client.get_experiment_by_name(name)
-    if found is None:
-        try:
-            return server.client.create_experiment(
-                name,
-                artifact_location=options.create_experiment_kwargs.artifact_location,
-                tags=options.create_experiment_kwargs.tags,
-            )
-        except MlflowException as error:
-            # Another process has made it since.
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
-            found = server.client.get_experiment_by_name(name)
-            if found is None:
-                raise
-    if found.lifecycle_stage == "deleted":
-        if not options.restore_if_deleted:
-            what = f"the experiment {name!r} is deleted; expected true, or another name, got False"
-            raise SettingError(("tracking", "experiment", "restore_if_deleted"), what)
-        server.client.restore_experiment(found.experiment_id)
-    return found.experiment_id
+    active = ActiveRun(Run(info, RunData()))
+    active.entered = (run.run_id, scope)  # type: ignore[attr-defined]
+    return active

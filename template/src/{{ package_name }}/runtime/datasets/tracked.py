@@ -6,7 +6,8 @@ from typing import Any
 
 from kedro.io import AbstractDataset, DatasetError
 
-from ..tracking import RunHandle, Server, attach
+from ..server import Server
+from ..tracking import RunHandle, attach
 
 
 class TrackedDataset(AbstractDataset[Any, Any]):

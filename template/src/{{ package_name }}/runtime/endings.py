@@ -1,0 +1,221 @@
+"""What ends a run when Kedro doesn't: signals, and processes that are gone.
+
+Kedro tells hooks of a pipeline's end and of an `Exception` in it, but not of SIGTERM or of
+`kill -9`. Nothing here knows MLflow.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from functools import lru_cache
+from pathlib import Path
+from types import FrameType
+
+logger = logging.getLogger(__name__)
+
+# Signals whose default is to end the process at once, and that can be handled.
+_DEADLY = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+# Two readings of one process's start differ by less than this, in seconds; a process that got
+# the same id later differs by more.
+_SAME_START = 2.0
+
+
+@dataclass(frozen=True)
+class Process:
+    """A process, told apart from another that gets its id later.
+
+    `start_time` is in seconds since 1970, None where the system doesn't tell; `namespace` sets
+    containers with the same host name apart.
+    """
+
+    host: str
+    pid: int
+    start_time: float | None
+    namespace: str = ""
+
+    def tags(self) -> dict[str, str]:
+        """Describe the process in a run's tags."""
+        tags = {"host": self.host, "pid": str(self.pid)}
+        if self.start_time is not None:
+            start = datetime.fromtimestamp(self.start_time, timezone.utc)
+            tags["process_start"] = start.isoformat(timespec="milliseconds")
+        return tags
+
+    def is_gone(self) -> bool:
+        """Tell whether the process has ended, as far as this process can know."""
+        here = this_process()
+        if (self.host, self.namespace) != (here.host, here.namespace) or self.start_time is None:
+            return False
+        start_time = _start_time(self.pid)
+        return start_time is None or abs(start_time - self.start_time) > _SAME_START
+
+
+def this_process() -> Process:
+    """Describe the process that this code runs in."""
+    return _describe(os.getpid())
+
+
+@lru_cache
+def _describe(pid: int) -> Process:
+    namespace = Path("/proc/self/ns/pid")
+    return Process(
+        socket.gethostname(),
+        pid,
+        _start_time(pid),
+        str(namespace.readlink()) if namespace.is_symlink() else "",
+    )
+
+
+def _start_time(pid: int) -> float | None:
+    """Tell when a process started, in seconds since 1970; None when it is not there any more."""
+    if sys.platform == "linux":
+        try:
+            stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+        except (FileNotFoundError, ProcessLookupError):
+            return None
+        # proc(5): the name, in brackets, may hold anything; the state is the field after it.
+        fields = stat.rpartition(")")[2].split()
+        if fields[0] == "Z":  # it has ended and its parent has not asked yet
+            return None
+        since_boot = int(fields[19]) / os.sysconf("SC_CLK_TCK")
+        return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + since_boot
+    if sys.platform == "win32":
+        return None
+    found = subprocess.run(
+        ["ps", "-o", "lstart=", "-p", str(pid)],
+        env={**os.environ, "LC_ALL": "C"},
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout.strip()
+    return time.mktime(time.strptime(found)) if found else None
+
+
+@dataclass(frozen=True)
+class Marker:
+    """A run that is in progress, in a file that outlives its process."""
+
+    run_id: str
+    server: str
+    process: Process
+
+
+def mark(folder: Path, run_id: str, server: str) -> None:
+    """Note that this process has a run in progress; where that can't be written, go without."""
+    marker = Marker(run_id, server, this_process())
+    try:
+        folder.mkdir(exist_ok=True)
+        (folder / ".gitignore").write_text("*\n", encoding="utf-8")
+        (folder / f"{run_id}.json").write_text(json.dumps(asdict(marker)), encoding="utf-8")
+    except OSError as error:
+        logger.info("A run that is killed could not be told later: %s", error)
+
+
+def unmark(folder: Path, run_id: str) -> None:
+    """Take the note back."""
+    try:
+        (folder / f"{run_id}.json").unlink(missing_ok=True)
+    except OSError as error:
+        logger.info("The run %s stays noted as in progress: %s", run_id, error)
+
+
+def orphans(folder: Path, server: str) -> Iterator[Marker]:
+    """Find the runs on a server whose process is gone."""
+    for file in sorted(folder.glob("*.json")):
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+            marker = Marker(found["run_id"], found["server"], Process(**found["process"]))
+        except FileNotFoundError:
+            continue  # its process has just ended it
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            logger.info("%s can't be read: %s", file, error)
+            continue
+        if marker.server == server and marker.process.is_gone():
+            yield marker
+
+
+# The handlers that `watch_signals` has set, to be taken back.
+_handlers: dict[int, Callable[[int, FrameType | None], None]] = {}
+
+
+def watch_signals(end_runs: Callable[[str], None]) -> None:
+    """Have `end_runs(reason)` called before a signal ends this process.
+
+    Only signals that nobody else handles are taken, and only from the main thread, as Python
+    demands. The process ends with the signal's own status, its children before it.
+    """
+    if _handlers or threading.current_thread() is not threading.main_thread():
+        return
+    owner = os.getpid()
+
+    def end(number: int, _frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)  # a second signal is not waited for
+        if os.getpid() != owner:  # a forked worker: the run is not its own to end
+            os.kill(os.getpid(), number)
+        # In a thread: whatever lock the interrupted code holds, it can go on and release it.
+        threading.Thread(target=end_all, args=(number,), name="end-by-signal").start()
+
+    def end_all(number: int) -> None:
+        try:
+            end_runs(signal.Signals(number).name)
+        finally:
+            for child in multiprocessing.active_children():
+                child.terminate()
+            os.kill(os.getpid(), number)
+
+    for number in _DEADLY:
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, end)
+            _handlers[number] = end
+
+
+def forget_signals() -> None:
+    """Put back what `watch_signals` has changed."""
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in list(_handlers.items()):
+            if signal.getsignal(number) is handler:
+                signal.signal(number, signal.SIG_DFL)
+            del _handlers[number]
+
+
+def managers() -> list[int]:
+    """Give the process ids of the managers that Kedro's ParallelRunner has started here."""
+    children = multiprocessing.active_children()
+    return [p.pid for p in children if p.pid and p.name.startswith("ParallelRunnerManager")]
+
+
+_followed: set[int] = set()
+
+
+def follow_parent(pid: int, managers: Sequence[int]) -> None:
+    """End this worker process as soon as its parent is gone, and the parent's managers with it.
+
+    Python's process pools go on waiting for a parent that was killed outright.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is None or parent.pid != pid or os.getpid() in _followed:
+        return
+    _followed.add(os.getpid())
+
+    def follow() -> None:
+        parent.join()
+        for manager in managers:
+            with suppress(ProcessLookupError):  # another worker was first
+                os.kill(manager, signal.SIGTERM)
+        os._exit(1)
+
+    threading.Thread(target=follow, name="follow-parent", daemon=True).start()

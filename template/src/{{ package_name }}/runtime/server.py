@@ -1,0 +1,193 @@
+"""Where runs are kept: the server, an embedded store made on first use, the experiment.
+
+MLflow is imported inside functions, so that importing this module costs nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+from uuid import uuid4
+
+from . import credentials
+from .loading import ANNOUNCED, sqlite_file
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Experiment
+
+    from .config import ExperimentOptions
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Server:
+    """Where runs (`tracking_uri`) and registered models (`registry_uri`) are kept."""
+
+    tracking_uri: str
+    registry_uri: str
+
+    @property
+    def client(self) -> MlflowClient:
+        """The MLflow client for this server."""
+        return _client(self.tracking_uri, self.registry_uri)
+
+    def use(self) -> None:
+        """Point `mlflow.…` in this process at this server, without a request.
+
+        The environment stays as it is: another project in this process must not take this
+        project's server for one that the user has chosen.
+        """
+        import mlflow
+
+        with _using:
+            if mlflow.get_tracking_uri() != self.tracking_uri:
+                before = os.environ.get("MLFLOW_TRACKING_URI")
+                mlflow.set_tracking_uri(self.tracking_uri)
+                os.environ.pop("MLFLOW_TRACKING_URI", None)
+                if before is not None:
+                    os.environ["MLFLOW_TRACKING_URI"] = before
+            if mlflow.get_registry_uri() != self.registry_uri:
+                mlflow.set_registry_uri(self.registry_uri)
+
+
+# Two threads that use a server at once must not take each other's URI for the user's.
+_using = threading.Lock()
+
+
+@lru_cache
+def _client(tracking_uri: str, registry_uri: str) -> MlflowClient:
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri, registry_uri)
+
+
+class SettingError(Exception):
+    """A setting that the server shows to be wrong: the key in `mlflow.yml`, and what is right."""
+
+    def __init__(self, key: tuple[str, ...], what: str) -> None:
+        super().__init__(what)
+        self.key = key
+
+
+def set_up(server: Server, options: ExperimentOptions, variables: Mapping[str, str]) -> None:
+    """Point `mlflow.…` in this process at the project's server and experiment, for good.
+
+    The experiment is made, or restored, when there is none.
+    """
+    import mlflow
+
+    credentials.export("set_up", variables)
+    server.use()
+    mlflow.set_experiment(experiment_id=experiment_of(server, options).experiment_id)
+
+
+def experiment_of(server: Server, options: ExperimentOptions) -> Experiment:
+    """Give the experiment that runs belong to; make or restore it when need be."""
+    prepare(server, options)
+    return server.client.get_experiment(experiment_id(server, options))
+
+
+def announce(server: Server, options: ExperimentOptions) -> None:
+    """Let MLflow find the project's server and experiment when somebody uses it.
+
+    For notebooks. Environment variables do this without importing MLflow and without a request.
+    """
+    os.environ.pop("MLFLOW_EXPERIMENT_ID", None)  # MLflow refuses an id and a name that differ
+    os.environ.update(
+        MLFLOW_TRACKING_URI=server.tracking_uri,
+        MLFLOW_REGISTRY_URI=server.registry_uri,
+        MLFLOW_EXPERIMENT_NAME=options.name or "",
+        # Where MLflow puts the files of an experiment that it makes itself.
+        _MLFLOW_SERVER_ARTIFACT_ROOT=options.create_experiment_kwargs.artifact_location or "",
+        **{ANNOUNCED: server.tracking_uri},
+    )
+    if "mlflow" in sys.modules:
+        from mlflow.tracking import fluent
+
+        fluent._active_experiment_id = None  # that of another project
+        server.use()
+
+
+def prepare(server: Server, experiment: ExperimentOptions) -> None:
+    """Make an embedded store that doesn't exist yet, whole before anybody can see it.
+
+    MLflow makes one on first use too, but where two processes start at once each meets the
+    other's half-made tables.
+    """
+    file = sqlite_file(server.tracking_uri)
+    if file is None or file.exists():
+        return
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    logger.info("Creating the embedded MLflow store %s", server.tracking_uri)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    draft = file.with_name(f"{file.name}.{uuid4().hex}")
+    try:
+        with _quiet("alembic"):
+            # MLflow's experiment "Default" comes with it: its artifacts go where the others go.
+            location = experiment.create_experiment_kwargs.artifact_location
+            store = SqlAlchemyStore(f"sqlite:///{draft.as_posix()}", location)
+        store.engine.dispose()
+        try:
+            # Unlike a renaming, a link never replaces the store that another process has made.
+            os.link(draft, file)
+        except FileExistsError:
+            logger.info("Another process has made the store meanwhile")
+        except OSError:  # a file system without links
+            if not file.exists():
+                draft.replace(file)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Hide what a logger tells below a warning, such as a line for each of forty migrations."""
+    noisy = logging.getLogger(name)
+    before = noisy.level
+    noisy.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        noisy.setLevel(before)
+
+
+def experiment_id(server: Server, options: ExperimentOptions) -> str:
+    """Find the experiment that runs belong to; make or restore it when need be.
+
+    Raises:
+        SettingError: When it is deleted and `restore_if_deleted` is false.
+    """
+    from mlflow.exceptions import MlflowException
+
+    name = options.name or "Default"
+    found: Experiment | None = server.client.get_experiment_by_name(name)
+    if found is None:
+        try:
+            return server.client.create_experiment(
+                name,
+                artifact_location=options.create_experiment_kwargs.artifact_location,
+                tags=options.create_experiment_kwargs.tags,
+            )
+        except MlflowException as error:
+            # Another process has made it since.
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+            found = server.client.get_experiment_by_name(name)
+            if found is None:
+                raise
+    if found.lifecycle_stage == "deleted":
+        if not options.restore_if_deleted:
+            what = f"the experiment {name!r} is deleted; expected true, or another name, got False"
+            raise SettingError(("tracking", "experiment", "restore_if_deleted"), what)
+        server.client.restore_experiment(found.experiment_id)
+    return found.experiment_id
