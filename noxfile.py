@@ -67,6 +67,14 @@ def config(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def bench(session: nox.Session) -> None:
+    """Measure side by side with plain Kedro and kedro-mlflow; `-- --help` lists the options."""
+    install(session, "bench")
+    environments = str(session.cache_dir / "bench")
+    session.run("python", "-m", "benchmarks", f"--environments={environments}", *session.posargs)
+
+
+@nox.session(default=False)
 def demo(session: nox.Session) -> None:
     """Generate the example into FOLDER, run it and show the run: `nox -s demo [-- FOLDER]`."""
     if session.posargs:

@@ -1,0 +1,1 @@
+"""Measure tracked runs beside plain Kedro and beside kedro-mlflow: `nox -s bench`."""
