@@ -429,6 +429,12 @@ def logged_parameters(pipeline: str) -> Callable[[Scene], dict[str, str]]:
     return look
 
 
+def logged_outputs(scene: Scene) -> list[str]:
+    run = scene.new_run("write")
+    artifacts = scene.project.client.list_artifacts(run.info.run_id, "outputs")
+    return [file.path for file in artifacts]
+
+
 def where_a_long_parameter_is(scene: Scene) -> str:
     refusal = ""
     try:
@@ -703,6 +709,14 @@ ROWS = [
         ],
         nullable=True,
         along={f"{PARAMS}.long_params_strategy": "truncate"},
+    ),
+    Row(
+        "tracking.artifacts.datasets",
+        logged_outputs,
+        default=[],
+        first=Set("[written]", ["outputs/written"]),
+        second=Set('["wr*", nothing]', ["outputs/written"]),
+        wrong=NO_LIST,
     ),
     Row(
         "tracking.redact",

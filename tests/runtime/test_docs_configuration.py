@@ -419,6 +419,28 @@ def create_pipeline():
 """
 
 
+@describes("Outputs as artifacts")
+def test_outputs_become_artifacts_without_a_change_to_the_catalog(section: Section) -> None:
+    project = section.project
+    project.pipeline(
+        """
+        from kedro.pipeline import Node, Pipeline
+
+        def report():
+            return "a text", {"n": 1}, "left alone"
+
+        def create_pipeline():
+            return Pipeline([Node(report, None, ["my_report", "summary", "other"])])
+        """
+    )
+    section.write()
+    project.run()
+
+    run_id = project.only_run().info.run_id
+    found = {file.path for file in project.client.list_artifacts(run_id, "outputs")}
+    assert found == {"outputs/my_report", "outputs/summary"}
+
+
 @describes("Secrets among the parameters")
 def test_values_with_the_name_of_a_secret_are_stored_as_stars(section: Section) -> None:
     project = section.project

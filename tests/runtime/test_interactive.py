@@ -75,6 +75,30 @@ def create_pipeline():
 """
 
 
+def test_datasets_in_a_notebook_know_their_names(project: Project) -> None:
+    project.catalog(
+        """
+        accuracy: {type: PACKAGE.runtime.MlflowMetricDataset}
+        scores: {type: PACKAGE.runtime.MlflowMetricsDataset}
+        """
+    )
+
+    ipython(
+        project,
+        """
+import mlflow
+with mlflow.start_run():
+    catalog.save("accuracy", 0.5)
+    catalog.save("scores", {"f1": 0.25})
+    assert catalog.load("accuracy") == 0.5
+""",
+    )
+
+    run = project.only_run()
+    assert run.data.metrics == {"accuracy": 0.5, "scores.f1": 0.25}
+    assert run.info.status == "FINISHED"
+
+
 def test_an_interrupted_cell_ends_its_run_at_once_and_leaves_nothing_to_the_next(
     project: Project,
 ) -> None:

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 from kedro.io import DatasetError
-from mlflow.exceptions import MlflowException
 
 from runtime.server import Server
 from runtime.tracking import RunHandle
@@ -125,12 +124,12 @@ def test_two_runs_in_one_process_are_two_runs(project: Project) -> None:
     assert [run.data.params["x"] for run in project.all_runs()] == ["2", "1"]
 
 
-def test_metrics_that_the_store_refuses_end_the_run_as_failed(project: Project) -> None:
+def test_a_metric_that_mlflow_refuses_ends_the_run_as_failed(project: Project) -> None:
     project.pipeline(ONE_NODE)
     project.parameters({"x": 1})
     project.catalog("y: {type: PACKAGE.runtime.MlflowMetricDataset, key: 'no%name'}")
 
-    with pytest.raises(MlflowException, match="no%name"):
+    with pytest.raises(DatasetError, match="no%name"):
         project.run()
 
     assert project.only_run().info.status == "FAILED"
@@ -216,6 +215,30 @@ def test_a_disabled_pipeline_makes_no_run_and_logs_nothing(project: Project) -> 
 
     assert project.all_runs() == []
     assert (project.path / "data/08_reporting/t.txt").read_text() == "text"
+
+
+def test_a_disabled_pipeline_loads_with_the_credentials_of_the_server(project: Project) -> None:
+    project.pipeline(
+        """
+        import os
+        from kedro.pipeline import Node, Pipeline
+
+        def look():
+            return os.environ.get("MLFLOW_TRACKING_TOKEN", "none")
+
+        def create_pipeline():
+            return Pipeline([Node(look, None, "seen")])
+        """
+    )
+    disabled = "tracking: {disable_tracking: {pipelines: [__default__]}}\n"
+    project.mlflow_yml(disabled + "server: {credentials: mlflow}")
+    project.write("conf/local/credentials.yml", "mlflow: {MLFLOW_TRACKING_TOKEN: t0ken}")
+
+    assert project.run()["seen"].load() == "t0ken"
+    assert "MLFLOW_TRACKING_TOKEN" not in os.environ
+    # Where there are none, nothing needs them.
+    project.mlflow_yml(disabled + "server: {credentials: nowhere}")
+    assert project.run()["seen"].load() == "none"
 
 
 def test_nothing_but_a_tracked_run_imports_mlflow_or_needs_the_store(

@@ -19,7 +19,12 @@ if TYPE_CHECKING:
         MlflowMetricsDataset,
         MlflowMetricsHistoryDataset,
     )
-    from .datasets.models import MlflowModelRegistryDataset, MlflowModelTrackingDataset
+    from .datasets.models import (
+        MlflowModelLocalFileSystemDataset,
+        MlflowModelRegistryDataset,
+        MlflowModelTrackingDataset,
+    )
+    from .datasets.tables import MlflowRunsDataset, MlflowTableDataset
     from .hooks import MlflowHook
     from .loading import ConfigError
     from .resolvers import random_name
@@ -34,8 +39,11 @@ _MODULES = {
     "MlflowMetricHistoryDataset": "datasets.metrics",
     "MlflowMetricsDataset": "datasets.metrics",
     "MlflowMetricsHistoryDataset": "datasets.metrics",
+    "MlflowModelLocalFileSystemDataset": "datasets.models",
     "MlflowModelRegistryDataset": "datasets.models",
     "MlflowModelTrackingDataset": "datasets.models",
+    "MlflowRunsDataset": "datasets.tables",
+    "MlflowTableDataset": "datasets.tables",
     "random_name": "resolvers",
 }
 
@@ -49,8 +57,11 @@ __all__ = [
     "MlflowMetricHistoryDataset",
     "MlflowMetricsDataset",
     "MlflowMetricsHistoryDataset",
+    "MlflowModelLocalFileSystemDataset",
     "MlflowModelRegistryDataset",
     "MlflowModelTrackingDataset",
+    "MlflowRunsDataset",
+    "MlflowTableDataset",
     "random_name",
 ]
 

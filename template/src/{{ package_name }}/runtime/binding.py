@@ -9,12 +9,13 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
+from inspect import isgeneratorfunction
 from typing import TYPE_CHECKING, Any
 
 import click
 from kedro.framework import project
 
-from . import credentials, endings, params, provenance, tracking
+from . import credentials, endings, outputs, params, provenance, tracking
 from .config import MlflowConfig, RequestHeaderProviderOptions
 from .datasets.tracked import TrackedDataset
 from .loading import (
@@ -42,10 +43,11 @@ ENTRY = "mlflow:run"
 class Binding:
     """What the catalog carries: the run, and what a worker has to know of where it comes from."""
 
-    run: tracking.RunHandle
+    run: tracking.RunHandle | None  # None where tracking is disabled
     package_name: str
     header_provider: RequestHeaderProviderOptions
     secrets: params.Secrets
+    outputs: tuple[str, ...]  # names and patterns of the outputs to log as artifacts
     main_process: int
     managers: tuple[int, ...]
 
@@ -84,12 +86,43 @@ def run_of(catalog: DataCatalog) -> tracking.RunHandle | None:
     return binding.run if binding else None
 
 
+def name_datasets(catalog: DataCatalog, config: dict[str, Any]) -> None:
+    """Tell the Mlflow datasets of a catalog their names, as a Kedro run would.
+
+    Takes what catalog.yml says too, so that no other dataset is made.
+    """
+    ours = f"{__name__.rpartition('.')[0]}.Mlflow"
+    for name, entry in config.items():
+        if isinstance(entry, dict) and str(entry.get("type")).startswith(ours):
+            dataset = catalog.get(name)
+            if isinstance(dataset, TrackedDataset):
+                dataset.bind(None, None, name)
+
+
+def log_output(catalog: DataCatalog, name: str, data: Any) -> None:
+    """Log what was saved to a dataset, when `tracking.artifacts.datasets` asks for it."""
+    binding = _binding_of(catalog)
+    if binding and binding.run and binding.outputs and outputs.is_wanted(name, binding.outputs):
+        outputs.log_output(binding.run, name, catalog[name], data)
+
+
 def fail(catalog: DataCatalog, error: BaseException) -> None:
     """End the run of a catalog as FAILED, with the reason."""
     report(catalog, error)
+    with _warning_of_failures():
+        end(catalog, "FAILED")
+
+
+def end(catalog: DataCatalog, status: str) -> None:
+    """End the run of a catalog, and take its credentials back."""
     if run := run_of(catalog):
-        with _warning_of_failures(run):
-            run.finish("FAILED")
+        run.finish(status)
+    credentials.take_back(_untracked(catalog))
+
+
+def _untracked(catalog: DataCatalog) -> str:
+    """Name what a catalog without a run has exported: it may still load from the server."""
+    return f"catalog {id(catalog)}"
 
 
 def report(catalog: DataCatalog, error: BaseException, node: str | None = None) -> None:
@@ -98,13 +131,14 @@ def report(catalog: DataCatalog, error: BaseException, node: str | None = None) 
     A worker says it too, because an error may not survive its way to the main process.
     """
     binding = _binding_of(catalog)
-    if binding is None or getattr(error, _REPORTED, None) == binding.run.opening:
+    run = binding.run if binding else None
+    if binding is None or run is None or getattr(error, _REPORTED, None) == run.opening:
         return
     with suppress(AttributeError):  # an exception with slots is told twice
-        setattr(error, _REPORTED, binding.run.opening)
+        setattr(error, _REPORTED, run.opening)
     lines = traceback.format_exception(type(error), error, error.__traceback__)
-    with _warning_of_failures(binding.run):
-        binding.run.report_error(
+    with _warning_of_failures():
+        run.report_error(
             binding.secrets.hide_in(f"{type(error).__name__}: {error}"),
             binding.secrets.hide_in("".join(lines)),
             node,
@@ -115,14 +149,16 @@ _REPORTED = "reported_to_mlflow_run"
 
 
 @contextmanager
-def _warning_of_failures(run: tracking.RunHandle) -> Iterator[None]:
+def _warning_of_failures() -> Iterator[None]:
     """Don't let what MLflow has to complain of hide the error that it should be told."""
-    from mlflow.exceptions import MlflowException
-
     try:
         yield
-    except MlflowException as error:
-        logger.warning("MLflow run %s could not be told why it fails: %s", run.run_id, error)
+    except Exception as error:
+        from mlflow.exceptions import MlflowException
+
+        if not isinstance(error, MlflowException):
+            raise
+        logger.warning("MLflow could not be told why the run fails: %s", error)
 
 
 def track(
@@ -147,9 +183,9 @@ def track(
     )
     run = None
     if not set(names) <= set(config.tracking.disable_tracking.pipelines):
-        logged, tags = _parameters(config, pipeline, catalog, secrets)
         variables = read_credentials(context)
         register_header_provider(context)
+        logged, tags = _parameters(config, pipeline, catalog, secrets)
         try:
             run = tracking.start(
                 server,
@@ -163,21 +199,32 @@ def track(
         except SettingError as error:
             raise mistake(context, error.key, str(error)) from error
         server = run.server
-        catalog[ENTRY] = Binding(
-            run,
-            package_name(context),
-            config.server.request_header_provider,
-            secrets,
-            os.getpid(),
-            tuple(endings.managers()),
-        )
-    elif config.tracking.disable_tracking.disable_autologging and "mlflow" in sys.modules:
-        sys.modules["mlflow"].autolog(disable=True)  # it would make a run of its own
+    else:
+        # Its datasets may still load models or artifacts from the server.
+        try:
+            credentials.export(_untracked(catalog), read_credentials(context))
+            register_header_provider(context)
+        except ConfigError as error:
+            logger.info("Without credentials, because nothing is tracked: %s", error.message)
+        if config.tracking.disable_tracking.disable_autologging and "mlflow" in sys.modules:
+            sys.modules["mlflow"].autolog(disable=True)  # it would make a run of its own
+    catalog[ENTRY] = Binding(
+        run,
+        package_name(context),
+        config.server.request_header_provider,
+        secrets,
+        tuple(config.tracking.artifacts.datasets),
+        os.getpid(),
+        tuple(endings.managers()),
+    )
 
+    generators = [node for node in pipeline.nodes if isgeneratorfunction(node.func)]
+    in_chunks = {name for node in generators for name in node.outputs}
     for name, dataset in datasets.items():
         # CachedDataset keeps the dataset that it caches under this name.
         for candidate in (dataset, getattr(dataset, "_dataset", None)):
             if isinstance(candidate, TrackedDataset):
+                candidate.in_chunks = name in in_chunks
                 candidate.bind(server, run, name)
 
 

@@ -178,6 +178,15 @@ class ParamsOptions(_Options):
     )
 
 
+class ArtifactsOptions(_Options):
+    """What becomes an artifact without a word in the catalog."""
+
+    datasets: list[str] = Field(
+        default_factory=list,
+        description='Outputs of nodes to log as artifacts, by name or pattern: "*_figure".',
+    )
+
+
 class TrackingOptions(_Options):
     """What is tracked, and as what."""
 
@@ -185,6 +194,7 @@ class TrackingOptions(_Options):
     experiment: ExperimentOptions = ExperimentOptions()
     run: RunOptions = RunOptions()
     params: ParamsOptions = ParamsOptions()
+    artifacts: ArtifactsOptions = ArtifactsOptions()
     redact: list[str] = Field(
         default_factory=lambda: [
             "*password",

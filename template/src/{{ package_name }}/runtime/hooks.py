@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 # context, and a service session shares this hook between threads.
 _context: ContextVar[KedroContext] = ContextVar("kedro_context")
 
+# The catalog of the node whose outputs this thread is about to save, likewise.
+_catalog: ContextVar[DataCatalog | None] = ContextVar("kedro_catalog", default=None)
+
 
 class MlflowHook:
     """Track every pipeline that runs as one MLflow run. For `HOOKS` in settings.py.
@@ -41,6 +44,14 @@ class MlflowHook:
             config: MlflowConfig = context.mlflow  # type: ignore[attr-defined]
             announce(config.server.connection, config.tracking.experiment)
             _end_what_a_cell_leaves(sys.modules["IPython"].get_ipython())
+
+    @hook_impl
+    def after_catalog_created(self, catalog: DataCatalog, conf_catalog: dict[str, Any]) -> None:
+        """Tell the Mlflow datasets of a notebook's catalog their names."""
+        if "IPython" in sys.modules and sys.modules["IPython"].get_ipython():
+            from .binding import name_datasets
+
+            name_datasets(catalog, conf_catalog)
 
     @hook_impl(wrapper=True)
     def before_pipeline_run(
@@ -77,11 +88,20 @@ class MlflowHook:
         """Take the run back from the thread."""
         from .binding import run_of
 
+        _catalog.set(catalog)
         try:
             return (yield)
         finally:
             if run := run_of(catalog):
                 run.leave()
+
+    @hook_impl
+    def after_dataset_saved(self, dataset_name: str, data: Any) -> None:
+        """Log an output that `tracking.artifacts.datasets` asks for."""
+        if catalog := _catalog.get():
+            from .binding import log_output
+
+            log_output(catalog, dataset_name, data)
 
     @hook_impl(wrapper=True)
     def on_node_error(self, error: Exception, node: Node, catalog: DataCatalog) -> Iterator[None]:
@@ -98,15 +118,15 @@ class MlflowHook:
     @hook_impl(wrapper=True)
     def after_pipeline_run(self, catalog: DataCatalog) -> Iterator[None]:
         """End the run."""
-        from .binding import fail, run_of
+        from .binding import end, fail
 
         try:
             result = yield
         except BaseException as error:
             fail(catalog, error)
             raise
-        if run := run_of(catalog):
-            run.finish("FINISHED")
+        _catalog.set(None)
+        end(catalog, "FINISHED")
         return result
 
     @hook_impl(wrapper=True)
@@ -117,6 +137,7 @@ class MlflowHook:
         try:
             return (yield)
         finally:
+            _catalog.set(None)
             fail(catalog, error)
 
 

@@ -48,15 +48,18 @@ class Server:
         """
         import mlflow
 
+        names = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
         with _using:
+            before = {name: os.environ.get(name) for name in names}
             if mlflow.get_tracking_uri() != self.tracking_uri:
-                before = os.environ.get("MLFLOW_TRACKING_URI")
                 mlflow.set_tracking_uri(self.tracking_uri)
-                os.environ.pop("MLFLOW_TRACKING_URI", None)
-                if before is not None:
-                    os.environ["MLFLOW_TRACKING_URI"] = before
             if mlflow.get_registry_uri() != self.registry_uri:
                 mlflow.set_registry_uri(self.registry_uri)
+            for name, value in before.items():
+                if value is None:
+                    os.environ.pop(name, None)
+                else:
+                    os.environ[name] = value
 
 
 # Two threads that use a server at once must not take each other's URI for the user's.

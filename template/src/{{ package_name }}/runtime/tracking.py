@@ -12,8 +12,8 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -114,12 +114,9 @@ class RunHandle:
 
     def last_step(self, key: str) -> int | None:
         """Tell the highest step of a metric, asking the server only about what it can't know."""
-        outbox = _outbox(self)
-        if key not in outbox.last_steps and not (self.fresh and self.is_ours):
-            steps = [metric.step for metric in self.metric_history(key)]
-            if steps:
-                outbox.last_steps[key] = max(steps)
-        return outbox.last_steps.get(key)
+        if self.fresh and self.is_ours:
+            return _outbox(self).last_steps.get(key)
+        return max((metric.step for metric in self.metric_history(key)), default=None)
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Set tags, each cut to what MLflow takes."""
@@ -174,6 +171,13 @@ class RunHandle:
         finally:
             self.leave("block")
 
+    def before_end(self, call: Callable[[], object]) -> None:
+        """Have something called when the run is about to end, the last that was asked for first.
+
+        Only in the process where the run `is_ours`: others don't know when it ends.
+        """
+        _outbox(self).ending.callback(call)
+
     def finish(self, status: str, reason: str | None = None) -> None:
         """Send what waits and end the run as FINISHED, FAILED or KILLED; only the first call does.
 
@@ -187,7 +191,8 @@ class RunHandle:
         if not _started:
             endings.forget_signals()
         try:
-            self.flush()
+            with _outbox(self).ending:
+                self.flush()
         except BaseException:
             status = "FAILED"
             raise
@@ -213,6 +218,7 @@ class _Outbox:
 
     def __init__(self, run: RunHandle) -> None:
         self.last_steps: dict[str, int] = {}
+        self.ending = ExitStack()
         self._run = run
         self._points: list[Metric] = []
         self._timer: threading.Timer | None = None

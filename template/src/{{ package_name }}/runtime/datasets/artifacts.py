@@ -1,29 +1,58 @@
-"""Any Kedro dataset, with a copy of each saved file among the run's artifacts."""
+"""Any Kedro dataset, with a copy of what it saves among the run's artifacts."""
 
 from __future__ import annotations
 
+import os
+import shutil
+from functools import partial
+from multiprocessing.util import Finalize
 from pathlib import Path, PurePosixPath
-from tempfile import TemporaryDirectory
-from typing import Any
+from tempfile import TemporaryDirectory, mkdtemp
+from typing import Any, ClassVar
 
+import fsspec  # type: ignore[import-untyped]
+from fsspec.implementations.local import LocalFileSystem  # type: ignore[import-untyped]
 from kedro.io import AbstractDataset, AbstractVersionedDataset, DatasetError
+from kedro.io.core import Version
 
+from ..loading import shown_uri
+from ..tracking import RunHandle, attach
 from .tracked import TrackedDataset
 
+# Arguments with which datasets are told where their file or folder is.
+_PATH_ARGUMENTS = ("filepath", "path", "filename")
 
+
+@AbstractVersionedDataset.register  # Kedro hands `catalog.load(name, version=…)` to these alone
 class MlflowArtifactDataset(TrackedDataset):
     """Wrap a dataset, so that what it saves becomes an artifact of the run as well.
 
+    The artifact has the name of the file or folder. Of a partitioned dataset only the partitions
+    that this run has saved are logged. What a node yields in chunks is logged once, when the run
+    ends; but with `log_only`, in the workers of a ParallelRunner, after each chunk. Where tracking
+    is disabled the wrapped dataset saves and loads as if it stood alone, with `log_only` too.
+
     Args:
-        dataset: The wrapped dataset as in `catalog.yml`: a dictionary with a `type`.
+        dataset: The wrapped dataset as in `catalog.yml`: a dictionary with a `type`, and with
+            `versioned: true` where it has versions.
         run_id: Load the artifact of this run instead of the local file.
         artifact_path: Folder of the run's artifacts to put the file in; their root when None.
-        credentials: Passed to the wrapped dataset.
-        metadata: Kept and not used.
+        credentials: Passed to the wrapped dataset, unless that has its own.
+        metadata: Kept and not used; by default that of the wrapped dataset.
+        version: The versions to load and save, from Kedro.
+        log_only: Keep no local copy: what is saved is in the run alone, and is loaded from there.
+        save_to_run: Save to the run `run_id` too, instead of the current one.
 
     Raises:
-        DatasetError: When the wrapped dataset can't be made.
+        DatasetError: When the wrapped dataset can't be made, or has no file.
     """
+
+    # Has Kedro pass its versions to every one of these datasets; the wrapped one uses them if it
+    # has versions.
+    versioned: ClassVar[bool] = True
+
+    # What `log_only` has saved in chunks so far.
+    _draft: AbstractDataset[Any, Any] | None = None
 
     def __init__(
         self,
@@ -32,58 +61,169 @@ class MlflowArtifactDataset(TrackedDataset):
         artifact_path: str | None = None,
         credentials: dict[str, Any] | None = None,
         metadata: dict[str, Any] | None = None,
+        version: Version | None = None,
+        log_only: bool = False,
+        save_to_run: bool = False,
     ) -> None:
-        config = dataset if credentials is None else {**dataset, "credentials": credentials}
-        self._dataset = AbstractDataset.from_config("dataset", config)
+        if not (isinstance(dataset, dict) and "type" in dataset):
+            raise DatasetError(
+                f"`dataset` is the dataset to wrap, a dictionary with a `type`, got {dataset!r}."
+            )
+        inside = PurePosixPath(artifact_path or "")
+        if inside.is_absolute() or ".." in inside.parts:
+            raise DatasetError(
+                f"`artifact_path` is a folder inside the run's artifacts, got {artifact_path!r}."
+            )
+        self._config = {**({"credentials": credentials} if credentials else {}), **dataset}
+        self._make(version)
+        if not has_file(self._dataset):
+            raise DatasetError(
+                f"{type(self._dataset).__name__} can't be an artifact: it has no file of its own."
+            )
+        self._EPHEMERAL = self._dataset._EPHEMERAL
         self.run_id = run_id
         self.artifact_path = artifact_path
-        self.metadata = metadata
+        self.log_only = log_only
+        self.save_to_run = save_to_run
+        self.metadata = getattr(self._dataset, "metadata", None) if metadata is None else metadata
+
+    def _make(self, version: Version | None) -> None:
+        self._dataset = AbstractDataset.from_config("dataset", self._config, *(version or ()))
+        if version is None and self._version:
+            self._version = Version(None, None)  # a new one at each save
+
+    def bind(self, *args: Any) -> None:
+        """Tie the dataset to a Kedro run."""
+        super().bind(*args)
+        if self._run and self._grows and not self.log_only:
+            # Whichever process saves the file, the one that ends the run logs it.
+            before = _state(self._dataset)
+            self._run.before_end(partial(self._log_if_changed, self._run_to_save_to(), before))
 
     def load(self) -> Any:
-        """Load the local file, or with a `run_id` that run's artifact."""
-        if self.run_id is None:
-            return self._dataset.load()
-        from mlflow.artifacts import download_artifacts
+        """Load the local file, or with a `run_id` or `log_only` the artifact of the run.
 
+        An artifact is fetched to a temporary folder, which stays until the Kedro run ends, or the
+        process: partitions, for one, are read later.
+        """
+        if not self._loads_from_run:
+            return self._dataset.load()
+        if self.run_id is None:
+            self._log_draft()
         run = self._resolve_run()
-        file = PurePosixPath(self.artifact_path or "", self._path().name)
-        with TemporaryDirectory() as folder:
-            local = download_artifacts(
-                run_id=run.run_id,
-                artifact_path=str(file),
-                dst_path=folder,
-                tracking_uri=run.server.tracking_uri,
-            )
-            where: dict[str, Any] = {self._path_attribute: PurePosixPath(Path(local).as_posix())}
-            if isinstance(self._dataset, AbstractVersionedDataset):
-                where["_version"] = None  # the artifact is the one version that was saved
-            return self._dataset._copy(**where).load()
+        folder = _temporary_folder(run)
+        data = self._at(self._fetch_from(run, folder)).load()
+        if _is_in_memory(data):
+            shutil.rmtree(folder)
+        return data
 
     def save(self, data: Any) -> None:
-        """Save with the wrapped dataset, then copy the file or folder to the run."""
+        """Save with the wrapped dataset, then copy what was saved to the run."""
+        if not self._is_tracked:
+            self._dataset.save(data)
+            return
+        run = self._run_to_save_to()
+        if self.log_only:
+            self._save_to_run_alone(run, data)
+            return
         self._dataset.save(data)
-        if self._is_tracked:
-            self._resolve_run().log_artifact(str(self._path()), self.artifact_path)
+        if not self._grows:
+            log_file(run, self._dataset, self.artifact_path, data)
+
+    def _save_to_run_alone(self, run: RunHandle, data: Any) -> None:
+        name = PurePosixPath(_location(self._dataset, versioned=False)[1]).name
+        if not self._grows:
+            with TemporaryDirectory() as folder:
+                draft = self._at(Path(folder, name))
+                draft.save(data)
+                log_file(run, draft, self.artifact_path, data)
+            return
+        if self._draft is None:
+            self._draft = self._at(_temporary_folder(run) / name)
+            if run.is_ours:
+                run.before_end(self._log_draft)
+        self._draft.save(data)
+        if not run.is_ours:  # a worker doesn't know which chunk is the last, nor who loads it
+            log_file(run, self._draft, self.artifact_path)
+
+    def _log_draft(self) -> None:
+        draft, self._draft = self._draft, None
+        if draft is not None:
+            log_file(self._run_to_save_to(), draft, self.artifact_path)
 
     @property
-    def _path_attribute(self) -> str:
-        # Datasets of one file keep `_filepath`; those of a folder, such as partitions, `_path`.
-        for attribute in ("_filepath", "_path"):
-            if hasattr(self._dataset, attribute):
-                return attribute
-        raise DatasetError(
-            f"{type(self._dataset).__name__} can't be an artifact: it has no file of its own."
-        )
+    def _grows(self) -> bool:
+        # A partition, unlike other files, is whole with its chunk.
+        return self.in_chunks and not _is_partitioned(self._dataset)
 
-    def _path(self) -> PurePosixPath:
-        path = PurePosixPath(getattr(self._dataset, self._path_attribute))
-        if isinstance(self._dataset, AbstractVersionedDataset):
-            version = self._dataset.resolve_save_version()
-            return path / version / path.name if version else path
-        return path
+    def _log_if_changed(self, run: RunHandle, before: dict[str, Any]) -> None:
+        if _state(self._dataset) != before:
+            log_file(run, self._dataset, self.artifact_path)
+
+    @property
+    def _loads_from_run(self) -> bool:
+        return self.run_id is not None or (self.log_only and self._is_tracked)
+
+    def _run_to_save_to(self) -> RunHandle:
+        if self.run_id is None or self.save_to_run:
+            return self._resolve_run()
+        run = self._run or attach(self._server)
+        if run is None:
+            raise DatasetError(
+                f"{type(self).__name__} has no run to save to: run it in a pipeline that is "
+                "tracked, open a run with `mlflow.start_run()`, or set `save_to_run: true` to save "
+                "to the run that it loads from."
+            )
+        return run
+
+    @property
+    def _artifact(self) -> PurePosixPath:
+        path = _location(self._dataset, versioned=False)[1]
+        return PurePosixPath(self.artifact_path or "", PurePosixPath(path).name)
+
+    def _fetch_from(self, run: RunHandle, folder: Path) -> Path:
+        repository = _repository(run)
+        try:
+            return Path(repository.download_artifacts(str(self._artifact), str(folder)))
+        except Exception as error:  # each kind of store has errors of its own
+            if self._is_in(run):
+                raise
+            what = f"The run {run.run_id} has no artifact '{self._artifact}'."
+            raise DatasetError(what) from error
+
+    def _is_in(self, run: RunHandle) -> bool:
+        listed = _repository(run).list_artifacts(_folder(self._artifact))
+        return str(self._artifact) in [found.path for found in listed]
+
+    @property
+    def _is_remote(self) -> bool:
+        return not isinstance(_location(self._dataset, versioned=False)[0], LocalFileSystem)
+
+    def _at(self, path: Path) -> AbstractDataset[Any, Any]:
+        """Make the wrapped dataset once more, with its file or folder at a local path."""
+        argument = next((name for name in _PATH_ARGUMENTS if name in self._config), None)
+        if argument is None:
+            raise DatasetError(
+                f"{type(self._dataset).__name__} can only be loaded from its own place, not from a "
+                f"run: it has none of the arguments {', '.join(_PATH_ARGUMENTS)}."
+            )
+        config = {**self._config, argument: path.as_posix()}
+        config.pop("checkpoint", None)  # of the partitions that are new in the original place
+        if self._is_remote:
+            config = _made_local(config)
+        made = AbstractDataset.from_config("dataset", config)
+        if isinstance(made, AbstractVersionedDataset):
+            made._version = None  # an artifact is the one version that was saved
+        getattr(made, "_dataset_config", {}).pop("version", None)  # that of partitions
+        return made
 
     def _exists(self) -> bool:
-        return self._dataset.exists()
+        if not self._loads_from_run:
+            return self._dataset.exists()
+        if self.run_id is None and self._draft is not None:
+            return True
+        run = attach(self._server, self.run_id) if self.run_id else self._run or attach()
+        return run is not None and self._is_in(run)
 
     def _release(self) -> None:
         self._dataset.release()
@@ -93,4 +233,182 @@ class MlflowArtifactDataset(TrackedDataset):
             "dataset": self._dataset,
             "artifact_path": self.artifact_path,
             "run_id": self.run_id,
+            "log_only": self.log_only or None,
+            "save_to_run": self.save_to_run or None,
         }
+
+    def _init_config(self) -> dict[str, Any]:
+        config: dict[str, Any] = super()._init_config()
+        config.pop("versioned", None)  # Kedro's reading of `version`, which it always passes
+        return config
+
+    @property
+    def _version(self) -> Version | None:
+        return getattr(self._dataset, "_version", None)
+
+    @_version.setter
+    def _version(self, version: Version | None) -> None:
+        if isinstance(self._dataset, AbstractVersionedDataset):
+            self._dataset._version = version
+
+    def __getattr__(self, name: str) -> Any:
+        # Its path, `preview`, `confirm`, the versions that there are: what only the wrapped
+        # dataset has. While an instance is copied or unpickled there is none yet.
+        if name.startswith("__") or "_dataset" not in self.__dict__:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self._dataset, name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {**self.__dict__, "_draft": None}
+        if self._is_remote:  # s3fs, for one, lets no dataset be pickled that has kept its `glob`
+            state["version"] = self._version
+            del state["_dataset"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if "_dataset" not in state:
+            self._make(self.__dict__.pop("version"))
+
+
+def has_file(dataset: AbstractDataset[Any, Any]) -> bool:
+    """Tell whether a dataset keeps its data in a file or folder of its own."""
+    return _path_of(dataset) is not None
+
+
+def log_file(
+    run: RunHandle,
+    dataset: AbstractDataset[Any, Any],
+    artifact_path: str | None = None,
+    data: Any = None,
+) -> None:
+    """Log the file or folder that a dataset has just saved, wherever it is.
+
+    Args:
+        run: The run to log to.
+        dataset: A dataset that has a file or folder.
+        artifact_path: Folder of the run's artifacts to put it in; their root when None.
+        data: What was saved. Of a partitioned dataset only these partitions are logged.
+
+    Raises:
+        DatasetError: When the dataset has saved nothing there.
+    """
+    file_system, path = _location(dataset)
+    place = PurePosixPath(artifact_path or "", PurePosixPath(path).name)
+    saved = {path: place}
+    if data is not None and _is_partitioned(dataset):
+        saved = _partitions(file_system, dataset, data, path, place)
+    if isinstance(file_system, LocalFileSystem):
+        for path, place in saved.items():
+            if not os.path.exists(path):  # noqa: PTH110
+                raise _nothing_saved(dataset, path)
+            run.log_artifact(path, _folder(place))
+        return
+    with TemporaryDirectory() as folder:
+        for path, place in saved.items():
+            files = _files(file_system, path)
+            if not files:
+                raise _nothing_saved(dataset, path)
+            copies = [Path(folder, place, PurePosixPath(file).relative_to(path)) for file in files]
+            file_system.get(files, [str(copy) for copy in copies])
+        for fetched in Path(folder).iterdir():
+            run.log_artifact(fetched)
+
+
+def _nothing_saved(dataset: AbstractDataset[Any, Any], path: str) -> DatasetError:
+    return DatasetError(
+        f"{type(dataset).__name__} has saved nothing to '{path}' that can be logged."
+    )
+
+
+def _path_of(dataset: AbstractDataset[Any, Any]) -> str | None:
+    given = getattr(dataset, "_init_args", {})
+    given = {**given.get("kwargs", {}), **given}  # as Kedro keeps those of an inherited `__init__`
+    places = [getattr(dataset, name, None) for name in ("_filepath", "_path")]
+    places += [given.get(name) for name in _PATH_ARGUMENTS]
+    return next((str(path) for path in places if isinstance(path, str | os.PathLike)), None)
+
+
+def _location(dataset: AbstractDataset[Any, Any], *, versioned: bool = True) -> tuple[Any, str]:
+    """Give the file system and the path that a dataset saves to."""
+    path = _path_of(dataset)
+    if versioned and isinstance(dataset, AbstractVersionedDataset) and dataset._version:
+        path = str(dataset._get_versioned_path(dataset.resolve_save_version() or ""))
+    file_system = getattr(dataset, "_fs", None) or getattr(dataset, "_filesystem", None)
+    if not isinstance(file_system, fsspec.AbstractFileSystem):
+        file_system, path = fsspec.core.url_to_fs(path)
+    return file_system, file_system._strip_protocol(path)
+
+
+def _is_partitioned(dataset: Any) -> bool:
+    return hasattr(dataset, "_partition_to_path")
+
+
+def _partitions(
+    file_system: Any, dataset: Any, data: Any, folder: str, place: PurePosixPath
+) -> dict[str, PurePosixPath]:
+    """Map the path of each partition in `data` to its place among the artifacts."""
+    found = {}
+    for partition in data:
+        path = file_system._strip_protocol(dataset._partition_to_path(partition))
+        inside = place / PurePosixPath(path).relative_to(folder)
+        version = dataset._dataset_config.get("version")
+        found[f"{path}/{version.save}/{inside.name}" if version else path] = inside
+    return found
+
+
+def _files(file_system: Any, path: str) -> list[str]:
+    file_system.invalidate_cache(path)
+    return sorted(file_system.find(path))
+
+
+def _state(dataset: AbstractDataset[Any, Any]) -> dict[str, Any]:
+    """Describe the files of a dataset, so that a change shows."""
+    file_system, path = _location(dataset)
+    return {file: file_system.info(file) for file in _files(file_system, path)}
+
+
+def _folder(place: PurePosixPath) -> str | None:
+    return None if place.parent == PurePosixPath() else str(place.parent)
+
+
+def _made_local(config: dict[str, Any]) -> dict[str, Any]:
+    """Take out of a dataset's configuration what is for a remote file system."""
+    local = {name: value for name, value in config.items() if name != "credentials"}
+    if fs_args := config.get("fs_args"):
+        kept = {name: value for name, value in fs_args.items() if name.startswith("open_args")}
+        local["fs_args"] = kept
+    if isinstance(config.get("dataset"), dict):
+        local["dataset"] = _made_local(config["dataset"])
+    return local
+
+
+def _repository(run: RunHandle) -> Any:
+    """Give the store of a run's artifacts."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        # What the client itself uses, and keeps. `mlflow.artifacts` looks among the run's models
+        # as well, with a handful of requests, and hides why a download fails.
+        return run.server.client._tracking_client._get_artifact_repo(run.run_id)
+    except MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise
+        where = shown_uri(run.server.tracking_uri)
+        raise DatasetError(f"There is no run '{run.run_id}' on {where}.") from error
+
+
+def _temporary_folder(run: RunHandle) -> Path:
+    """Make a folder that is removed when the Kedro run ends, else when this process does."""
+    folder = mkdtemp()
+    # Unlike `atexit`, this works in the processes of a ParallelRunner too.
+    remove = Finalize(None, shutil.rmtree, (folder, True), exitpriority=0)
+    if run.is_ours:
+        run.before_end(remove)
+    return Path(folder)
+
+
+def _is_in_memory(data: Any) -> bool:
+    """Tell whether data surely doesn't read its file later, as partitions and lazy tables do."""
+    package = type(data).__module__.partition(".")[0]
+    return package in ("pandas", "numpy") or isinstance(data, str | bytes)

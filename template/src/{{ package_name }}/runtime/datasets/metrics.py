@@ -2,24 +2,213 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+import operator
+import reprlib
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from typing import TYPE_CHECKING, Any
 
 from kedro.io import DatasetError
 
-from ..tracking import Point
+from ..server import Server
+from ..tracking import Point, RunHandle
 from .tracked import TrackedDataset
+
+if TYPE_CHECKING:
+    from mlflow.entities import Metric
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 80
+
+
+def _shown(value: Any) -> str:
+    return " ".join(_short.repr(value).split())
 
 
 def _number(value: Any, key: str) -> float:
+    """Read what MLflow takes for a number: also a bool, and an array or a tensor of one element."""
     try:
-        return float(value)
-    except (TypeError, ValueError) as error:
-        raise DatasetError(f"Metric '{key}' takes a number, got {value!r}.") from error
+        single = value.item() if hasattr(value, "item") else value
+        if isinstance(single, (str, bytes)):
+            raise TypeError("float() would read a number in it")
+        return float(single)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise DatasetError(f"Metric '{key}' takes a number, got {_shown(value)}.") from error
 
 
-class _OneMetricDataset(TrackedDataset):
+def _whole(value: Any, rule: str, lowest: int) -> int:
+    """Read a whole number of 64 bits, also one that a table has made a float."""
+    try:
+        is_whole_float = isinstance(value, float) and value.is_integer()
+        whole = int(value) if is_whole_float else operator.index(value)
+    except TypeError as error:
+        raise DatasetError(f"{rule}, got {_shown(value)}.") from error
+    if not lowest <= whole < 2**63:
+        raise DatasetError(f"{rule} of 64 bits, got {whole}.")
+    return whole
+
+
+def _step(value: Any, key: str) -> int:
+    return _whole(value, f"A step of metric '{key}' is a whole number", lowest=-(2**63))
+
+
+def _timestamp(value: Any, key: str) -> int | None:
+    if value is None:
+        return None
+    rule = f"A timestamp of metric '{key}' is a whole number of milliseconds since 1970"
+    return _whole(value, rule, lowest=0)
+
+
+def _point(item: Any, key: str, rule: str) -> Point:
+    """Read `{"step": …, "value": …}`, in which a timestamp may be too."""
+    if not (isinstance(item, Mapping) and {"step", "value"} <= item.keys()):
+        raise DatasetError(f"{rule}, got {_shown(item)}.")
+    value, step = _number(item["value"], key), _step(item["step"], key)
+    return Point(key, value, step, _timestamp(item.get("timestamp"), key))
+
+
+def _elements(data: Any, rule: str) -> list[Any]:
+    """Give what is in a list, a tuple, a generator, a NumPy array or a pandas Series."""
+    is_row = isinstance(data, Iterable) and getattr(data, "ndim", 1) == 1
+    is_row = is_row and not isinstance(data, (str, bytes, Mapping, AbstractSet))
+    elements = list(data) if is_row else []
+    if not elements:
+        raise DatasetError(f"{rule}, got {_shown(data)}.")
+    return elements
+
+
+def _items(data: Any, rule: str) -> Iterable[tuple[Any, Any]]:
+    if not isinstance(data, Mapping) or not data:
+        raise DatasetError(f"{rule}, got {_shown(data)}.")
+    return data.items()
+
+
+class _MetricDataset(TrackedDataset):
+    """What all datasets of metrics share: points that MLflow takes, and gives back in order."""
+
+    def __init__(self, run_id: str | None, metadata: dict[str, Any] | None) -> None:
+        self.run_id = run_id
+        self.metadata = metadata
+        # Of each metric, the timestamp and the step that the last point got.
+        self._last: dict[str, tuple[int, int]] = {}
+
+    def _log(self, points: Sequence[Point]) -> None:
+        if self._is_tracked:
+            for key in {point.key for point in points}:
+                _check_name(key)
+            self._resolve_run().log_metrics(self._in_order(points))
+
+    def _in_order(self, points: Iterable[Point]) -> Iterator[Point]:
+        """Give each point without a timestamp one that puts it after the point before it.
+
+        MLflow keeps no other order than that of timestamp, step and value, and two points that
+        are equal in these are one. So steps that repeat or fall need milliseconds of their own.
+        """
+        now = int(time.time() * 1000)
+        for point in points:
+            stamped = point
+            if point.timestamp is None:
+                timestamp, step = self._last.get(point.key, (0, 0))
+                timestamp = max(now, timestamp + (point.step <= step))
+                self._last[point.key] = timestamp, point.step
+                stamped = point._replace(timestamp=timestamp)
+            yield stamped
+
+    def _exists(self) -> bool:
+        try:
+            run = self._resolve_run()
+        except DatasetError:  # no run, no metric
+            return False
+        return any(self._is_mine(key) for key in run.metric_keys())
+
+    def _is_mine(self, key: str) -> bool:
+        raise NotImplementedError
+
+
+def _check_name(key: str) -> None:
+    """Refuse a name that MLflow refuses, before its point waits to be sent together with others."""
+    from mlflow.exceptions import MlflowException
+    from mlflow.utils.validation import MAX_ENTITY_KEY_LENGTH, _validate_metric
+
+    try:
+        _validate_metric(key, 0.0, 0, 0)
+    except MlflowException as error:
+        raise DatasetError(
+            f"MLflow refuses the metric name {_shown(key)}: a name has letters, digits, spaces and "
+            f"any of _ - . : /, at most {MAX_ENTITY_KEY_LENGTH} characters, and no part of it "
+            "between slashes is empty, '.' or '..'."
+        ) from error
+
+
+class _OneMetricDataset(_MetricDataset):
     """What the datasets of one metric share: its key, by default the name in the catalog."""
+
+    def __init__(
+        self,
+        key: str | None,
+        run_id: str | None,
+        load_args: dict[str, Any] | None,
+        save_args: dict[str, Any] | None,
+        metadata: dict[str, Any] | None,
+    ) -> None:
+        super().__init__(run_id, metadata)
+        self.key = key
+        self._load_args = load_args or {}
+        self._save_args = save_args or {}
+
+    def bind(self, server: Server | None, run: RunHandle | None, name: str) -> None:
+        super().bind(server, run, name)
+        self.key = self.key or self._name
+
+    def _required_key(self) -> str:
+        if not self.key:
+            raise DatasetError(
+                f"{type(self).__name__} needs a `key` outside a Kedro run, where it doesn't know "
+                "its name in the catalog."
+            )
+        return self.key
+
+    def _history(self) -> tuple[RunHandle, list[Metric]]:
+        run, key = self._resolve_run(), self._required_key()
+        history = run.metric_history(key)
+        if not history:
+            raise DatasetError(f"The run {run.run_id} has no metric '{key}'.")
+        return run, history
+
+    def _is_mine(self, key: str) -> bool:
+        return key == self._required_key()
+
+    def _describe(self) -> dict[str, Any]:
+        return {
+            "key": self.key,
+            "run_id": self.run_id,
+            "load_args": self._load_args or None,
+            "save_args": self._save_args or None,
+        }
+
+
+def _checked_mode(arguments: str, given: Mapping[str, Any], modes: tuple[str, ...]) -> str:
+    mode: str = given.get("mode", modes[0])
+    if mode not in modes:
+        raise DatasetError(f"`{arguments}.mode` is one of {', '.join(modes)}, got {mode!r}.")
+    return mode
+
+
+class MlflowMetricDataset(_OneMetricDataset):
+    """One number.
+
+    Args:
+        key: Name of the metric; by default the dataset's name in the catalog.
+        run_id: Run to log to and load from instead of the current one.
+        load_args: `step` to load, instead of the value last logged.
+        save_args: `step` to log at, or `mode`: `overwrite` (default) logs at the last step there
+            is, `append` at the one after; `timestamp` in milliseconds since 1970.
+        metadata: Kept and not used.
+
+    Raises:
+        DatasetError: When an argument is none of these.
+    """
 
     def __init__(
         self,
@@ -29,92 +218,76 @@ class _OneMetricDataset(TrackedDataset):
         save_args: dict[str, Any] | None = None,
         metadata: dict[str, Any] | None = None,
     ) -> None:
-        self.key = key
-        self.run_id = run_id
-        self._load_args = load_args or {}
-        self._save_args = save_args or {}
-        self.metadata = metadata
-
-    def bind(self, *args: Any) -> None:
-        super().bind(*args)
-        self.key = self.key or self._name
-
-    def _required_key(self) -> str:
-        if not self.key:
-            raise DatasetError(f"{type(self).__name__} needs a `key` outside a catalog.")
-        return self.key
-
-    def _mode(self, args: Mapping[str, Any], choices: tuple[str, ...]) -> str:
-        mode: str = args.get("mode", choices[0])
-        if mode not in choices:
-            raise DatasetError(f"`mode` is one of {', '.join(choices)}, got {mode!r}.")
-        return mode
-
-    def _exists(self) -> bool:
-        return self._required_key() in self._resolve_run().metric_keys()
-
-    def _describe(self) -> dict[str, Any]:
-        return {"key": self.key, "run_id": self.run_id}
-
-
-class MlflowMetricDataset(_OneMetricDataset):
-    """One number.
-
-    Args:
-        key: Name of the metric; by default the dataset's name in the catalog.
-        run_id: Run to log to and load from instead of the current one.
-        load_args: `step` to load, instead of the last value logged.
-        save_args: `step` to log at, or `mode`: `overwrite` (default) logs at the last step there
-            is, `append` at the one after.
-        metadata: Kept and not used.
-    """
+        super().__init__(key, run_id, load_args, save_args, metadata)
+        self._mode = _checked_mode("save_args", self._save_args, ("overwrite", "append"))
 
     def load(self) -> float:
-        """Give the value last logged, or that of the step asked for."""
-        history = self._resolve_run().metric_history(self._required_key())
-        if (step := self._load_args.get("step")) is not None:
-            history = [metric for metric in history if metric.step == step]
-        if not history:
-            at = "" if step is None else f" at step {step}"
-            raise DatasetError(f"The run has no metric '{self.key}'{at}.")
+        """Give the value last logged, or the one last logged at the step asked for."""
+        run, history = self._history()
+        step = self._load_args.get("step")
+        if step is not None:
+            wanted = _step(step, self._required_key())
+            history = [metric for metric in history if metric.step == wanted]
+            if not history:
+                raise DatasetError(
+                    f"The run {run.run_id} has no metric '{self.key}' at step {step}."
+                )
         return history[-1].value
 
     def save(self, data: float) -> None:
         """Log one value."""
-        key, mode = self._required_key(), self._mode(self._save_args, ("overwrite", "append"))
+        key = self._required_key()
         value = _number(data, key)
-        if not self._is_tracked:
-            return
-        run = self._resolve_run()
+        timestamp = _timestamp(self._save_args.get("timestamp"), key)
         step = self._save_args.get("step")
-        if step is None:
-            last = run.last_step(key)
-            step = 0 if last is None else last + (mode == "append")
-        run.log_metrics([Point(key, value, step, self._save_args.get("timestamp"))])
+        if step is not None:
+            step = _step(step, key)
+        elif self._is_tracked:
+            last = self._resolve_run().last_step(key)
+            step = 0 if last is None else last + (self._mode == "append")
+        self._log([Point(key, value, step or 0, timestamp)])
 
 
 class MlflowMetricHistoryDataset(_OneMetricDataset):
     """One metric over steps.
 
+    Points load in the order of their timestamps, which is the order they were saved in unless
+    the timestamps were given.
+
     Args:
         key: Name of the metric; by default the dataset's name in the catalog.
         run_id: Run to log to and load from instead of the current one.
-        load_args: `mode` of what is loaded: `list` of values (default), `dict` of values by
-            step, or `history`, a list of `{"step": …, "value": …, "timestamp": …}`.
-        save_args: `mode` of what is saved; in a `list` the steps count from 0, and in a
-            `history` the timestamp may be left out.
+        load_args: `mode` of what is loaded: `list` of values (default), `dict` of the last value
+            by step, or `history`, a list of `{"step": …, "value": …, "timestamp": …}`.
+        save_args: `mode` of what is saved; in a `list` the steps count from 0 (over all the lists
+            that a node yields), and in a `history` the timestamp, in milliseconds since 1970, may
+            be left out.
         metadata: Kept and not used.
+
+    Raises:
+        DatasetError: When an argument is none of these.
     """
 
-    _MODES = ("list", "dict", "history")
+    def __init__(
+        self,
+        key: str | None = None,
+        run_id: str | None = None,
+        load_args: dict[str, Any] | None = None,
+        save_args: dict[str, Any] | None = None,
+        metadata: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(key, run_id, load_args, save_args, metadata)
+        modes = ("list", "dict", "history")
+        self._load_mode = _checked_mode("load_args", self._load_args, modes)
+        self._save_mode = _checked_mode("save_args", self._save_args, modes)
+        self._count = 0  # of the values saved so far in mode `list`
 
     def load(self) -> list[float] | dict[int, float] | list[dict[str, Any]]:
         """Give all points of the metric."""
-        mode = self._mode(self._load_args, self._MODES)
-        history = self._resolve_run().metric_history(self._required_key())
-        if mode == "list":
+        _, history = self._history()
+        if self._load_mode == "list":
             return [metric.value for metric in history]
-        if mode == "dict":
+        if self._load_mode == "dict":
             return {metric.step: metric.value for metric in history}
         return [
             {"step": metric.step, "value": metric.value, "timestamp": metric.timestamp}
@@ -123,54 +296,52 @@ class MlflowMetricHistoryDataset(_OneMetricDataset):
 
     def save(self, data: Any) -> None:
         """Log all points, in as few requests as MLflow allows."""
-        key, mode = self._required_key(), self._mode(self._save_args, self._MODES)
-        points = list(self._points(key, mode, data))
-        if self._is_tracked:
-            self._resolve_run().log_metrics(points)
+        self._log(self._points(self._required_key(), data))
 
-    @staticmethod
-    def _points(key: str, mode: str, data: Any) -> Iterable[Point]:
-        if mode == "dict":
-            if not isinstance(data, Mapping):
-                raise DatasetError(f"Metric '{key}' takes {{step: value}}, got {data!r}.")
-            return (Point(key, _number(value, key), step) for step, value in data.items())
-        if isinstance(data, Mapping) or not isinstance(data, Iterable):
-            raise DatasetError(f"Metric '{key}' takes a list in mode '{mode}', got {data!r}.")
-        if mode == "list":
-            return (Point(key, _number(value, key), step) for step, value in enumerate(data))
-        return (
-            Point(key, _number(item["value"], key), item.get("step", 0), item.get("timestamp"))
-            for item in data
-        )
+    def _points(self, key: str, data: Any) -> list[Point]:
+        takes = f"Metric '{key}' takes in mode '{self._save_mode}'"
+        if self._save_mode == "dict":
+            items = _items(data, f"{takes} a dictionary {{step: value}}")
+            return [Point(key, _number(value, key), _step(step, key)) for step, value in items]
+        if self._save_mode == "list":
+            values = _elements(data, f"{takes} a list of numbers")
+            start = self._count if self.in_chunks else 0
+            self._count = start + len(values)
+            return [Point(key, _number(value, key), i) for i, value in enumerate(values, start)]
+        rule = f'{takes} a list of {{"step": …, "value": …}}'
+        return [_point(item, key, rule) for item in _elements(data, rule)]
 
 
-class _ManyMetricsDataset(TrackedDataset):
+class _ManyMetricsDataset(_MetricDataset):
     """What the datasets of many metrics share: a prefix, by default the name in the catalog."""
 
     def __init__(
-        self,
-        run_id: str | None = None,
-        prefix: str | None = None,
-        metadata: dict[str, Any] | None = None,
+        self, run_id: str | None, prefix: str | None, metadata: dict[str, Any] | None
     ) -> None:
-        self.run_id = run_id
+        super().__init__(run_id, metadata)
         self.prefix = prefix
-        self.metadata = metadata
 
-    def bind(self, *args: Any) -> None:
-        super().bind(*args)
+    def bind(self, server: Server | None, run: RunHandle | None, name: str) -> None:
+        super().bind(server, run, name)
         if self.prefix is None:
             self.prefix = self._name
 
-    def _key(self, name: str) -> str:
-        return f"{self.prefix}.{name}" if self.prefix else name
+    def _key(self, name: Any) -> str:
+        return f"{self.prefix}.{name}" if self.prefix else str(name)
 
-    def _keys(self) -> list[str]:
-        start = self._key("")
-        return [key for key in self._resolve_run().metric_keys() if key.startswith(start)]
+    def _is_mine(self, key: str) -> bool:
+        return key.startswith(self._key(""))
 
-    def _exists(self) -> bool:
-        return bool(self._keys())
+    def _values(self) -> tuple[RunHandle, dict[str, float]]:
+        """Give what MLflow takes for the value of each metric: the last one at its highest step."""
+        run = self._resolve_run()
+        run.flush()
+        metrics = run.server.client.get_run(run.run_id).data.metrics
+        values = {key: value for key, value in metrics.items() if self._is_mine(key)}
+        if not values:
+            which = f"metrics '{self._key('…')}'" if self.prefix else "metrics"
+            raise DatasetError(f"The run {run.run_id} has no {which}.")
+        return run, values
 
     def _describe(self) -> dict[str, Any]:
         return {"prefix": self.prefix, "run_id": self.run_id}
@@ -186,18 +357,25 @@ class MlflowMetricsDataset(_ManyMetricsDataset):
         metadata: Kept and not used.
     """
 
+    def __init__(
+        self,
+        run_id: str | None = None,
+        prefix: str | None = None,
+        metadata: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(run_id, prefix, metadata)
+
     def load(self) -> dict[str, float]:
-        """Give the last value of each metric, under the name that it was saved with."""
-        run, start = self._resolve_run(), self._key("")
-        return {key.removeprefix(start): run.metric_history(key)[-1].value for key in self._keys()}
+        """Give the value of each metric, under the name that it was saved with."""
+        _, values = self._values()
+        start = self._key("")
+        return {key.removeprefix(start): value for key, value in values.items()}
 
     def save(self, data: Mapping[str, Any]) -> None:
         """Log all values in one request."""
-        if not isinstance(data, Mapping):
-            raise DatasetError(f"MlflowMetricsDataset takes {{name: value}}, got {data!r}.")
-        points = [Point(self._key(name), _number(value, name)) for name, value in data.items()]
-        if self._is_tracked:
-            self._resolve_run().log_metrics(points)
+        items = _items(data, f"{type(self).__name__} takes a dictionary {{name: number}}")
+        keyed = [(self._key(name), value) for name, value in items]
+        self._log([Point(key, _number(value, key)) for key, value in keyed])
 
 
 class MlflowMetricsHistoryDataset(_ManyMetricsDataset):
@@ -210,36 +388,30 @@ class MlflowMetricsHistoryDataset(_ManyMetricsDataset):
         metadata: Kept and not used.
     """
 
+    def __init__(
+        self,
+        run_id: str | None = None,
+        prefix: str | None = None,
+        metadata: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(run_id, prefix, metadata)
+
     def load(self) -> dict[str, Any]:
         """Give the points of each metric under its full name; a single point as a dictionary."""
-        run = self._resolve_run()
+        run, values = self._values()
         loaded: dict[str, Any] = {}
-        for key in self._keys():
+        for key in values:
             points = [{"step": m.step, "value": m.value} for m in run.metric_history(key)]
             loaded[key] = points[0] if len(points) == 1 else points
         return loaded
 
     def save(self, data: Mapping[str, Any]) -> None:
-        """Log all points, in as few requests as MLflow allows."""
-        if not isinstance(data, Mapping):
-            raise DatasetError(
-                f"MlflowMetricsHistoryDataset takes {{name: [points]}}, got {data!r}."
-            )
-        points = [
-            Point(self._key(name), _number(item["value"], name), item["step"])
-            for name, items in data.items()
-            for item in self._checked(name, items)
-        ]
-        if self._is_tracked:
-            self._resolve_run().log_metrics(points)
-
-    @staticmethod
-    def _checked(name: str, items: Any) -> list[Mapping[str, Any]]:
-        listed = items if isinstance(items, list) else [items]
-        for item in listed:
-            if not (isinstance(item, Mapping) and {"step", "value"} <= item.keys()):
-                raise DatasetError(
-                    f'Metric \'{name}\' takes {{"step": …, "value": …}} or a list of them, '
-                    f"got {item!r}."
-                )
-        return listed
+        """Log all points, in as few requests as MLflow allows; a point may have a timestamp."""
+        items = _items(data, f"{type(self).__name__} takes a dictionary {{name: points}}")
+        points = []
+        for name, given in items:
+            key = self._key(name)
+            rule = f'Metric \'{key}\' takes {{"step": …, "value": …}} or a list of them'
+            listed = [given] if isinstance(given, Mapping) else _elements(given, rule)
+            points += [_point(item, key, rule) for item in listed]
+        self._log(points)

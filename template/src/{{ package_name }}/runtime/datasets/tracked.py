@@ -20,15 +20,18 @@ class TrackedDataset(AbstractDataset[Any, Any]):
     run_id: str | None = None
     metadata: dict[str, Any] | None = None
 
+    # Whether a node yields what is saved here, so that each `save` brings only a part of it.
+    in_chunks: bool = False
+
     _name: str = ""
     _server: Server | None = None
     _run: RunHandle | None = None
 
-    def bind(self, server: Server, run: RunHandle | None, name: str) -> None:
+    def bind(self, server: Server | None, run: RunHandle | None, name: str) -> None:
         """Tie the dataset to a Kedro run.
 
         Args:
-            server: Where the project's runs and models are.
+            server: Where the project's runs and models are; None outside of a Kedro run.
             run: The run to log to; None when the pipeline's tracking is disabled.
             name: The dataset's name in the catalog.
         """
