@@ -145,3 +145,46 @@ def test_workers_log_their_outputs_and_a_disabled_pipeline_none(
 
     files = logged(project, tmp_path / "artifacts")
     assert files.keys() == {f"outputs/{name}/{name}.txt" for name in ("a", "b1", "b2")}
+
+
+GENERATOR = """
+import mlflow
+from kedro.pipeline import Node, Pipeline
+
+def write():
+    for i in range(3):
+        mlflow.log_metric("written", i, step=i)
+        yield f"line {i}\\n"
+
+def nothing():
+    return 1
+
+def create_pipeline():
+    return Pipeline([Node(write, None, "lines"), Node(nothing, None, "one")])
+"""
+
+
+@pytest.mark.parametrize("runner", ["SequentialRunner", "ThreadRunner", "ParallelRunner"])
+def test_what_a_generator_writes_and_logs_is_all_in_the_run(
+    project: Project, tmp_path: Path, runner: str
+) -> None:
+    project.pipeline(GENERATOR)
+    project.catalog(
+        """
+        lines:
+          type: text.TextDataset
+          filepath: data/02_intermediate/lines.txt
+          fs_args: {open_args_save: {mode: a}}
+        """
+    )
+    project.mlflow_yml("tracking: {artifacts: {datasets: [lines]}}")
+
+    ended = project.kedro("run", f"--runner={runner}")
+
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    files = logged(project, tmp_path / "artifacts")
+    assert files.keys() == {"outputs/lines/lines.txt"}
+    assert files["outputs/lines/lines.txt"].read_text() == "line 0\nline 1\nline 2\n"
+    run = project.only_run()
+    history = project.client.get_metric_history(run.info.run_id, "written")
+    assert [(point.step, point.value) for point in history] == [(0, 0), (1, 1), (2, 2)]

@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
+from functools import partial
 from inspect import isgeneratorfunction
 from typing import TYPE_CHECKING, Any
 
@@ -99,11 +100,21 @@ def name_datasets(catalog: DataCatalog, config: dict[str, Any]) -> None:
                 dataset.bind(None, None, name)
 
 
-def log_output(catalog: DataCatalog, name: str, data: Any) -> None:
-    """Log what was saved to a dataset, when `tracking.artifacts.datasets` asks for it."""
+def log_output(catalog: DataCatalog, name: str, data: Any, *, in_chunks: bool = False) -> None:
+    """Log what was saved to a dataset, when `tracking.artifacts.datasets` asks for it.
+
+    What is saved in chunks is logged when the run ends, unless this is a worker, which doesn't
+    know when that is.
+    """
     binding = _binding_of(catalog)
-    if binding and binding.run and binding.outputs and outputs.is_wanted(name, binding.outputs):
-        outputs.log_output(binding.run, name, catalog[name], data)
+    run = binding.run if binding else None
+    if not (binding and run and outputs.is_wanted(name, binding.outputs)):
+        return
+    log = partial(outputs.log_output, run, name, catalog[name], data)
+    if in_chunks and run.is_ours:
+        run.before_end(log, key=name)
+    else:
+        log()
 
 
 def fail(catalog: DataCatalog, error: BaseException) -> None:
@@ -153,11 +164,7 @@ def _warning_of_failures() -> Iterator[None]:
     """Don't let what MLflow has to complain of hide the error that it should be told."""
     try:
         yield
-    except Exception as error:
-        from mlflow.exceptions import MlflowException
-
-        if not isinstance(error, MlflowException):
-            raise
+    except Exception as error:  # each kind of store for artifacts has errors of its own
         logger.warning("MLflow could not be told why the run fails: %s", error)
 
 
@@ -220,12 +227,16 @@ def track(
 
     generators = [node for node in pipeline.nodes if isgeneratorfunction(node.func)]
     in_chunks = {name for node in generators for name in node.outputs}
-    for name, dataset in datasets.items():
-        # CachedDataset keeps the dataset that it caches under this name.
-        for candidate in (dataset, getattr(dataset, "_dataset", None)):
-            if isinstance(candidate, TrackedDataset):
-                candidate.in_chunks = name in in_chunks
-                candidate.bind(server, run, name)
+    try:
+        for name, dataset in datasets.items():
+            # CachedDataset keeps the dataset that it caches under this name.
+            for candidate in (dataset, getattr(dataset, "_dataset", None)):
+                if isinstance(candidate, TrackedDataset):
+                    candidate.in_chunks = name in in_chunks
+                    candidate.bind(server, run, name)
+    except BaseException as error:  # a dataset may look at its place, which may not be reachable
+        fail(catalog, error)
+        raise
 
 
 def _parameters(

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextvars import ContextVar
 from functools import cached_property
+from inspect import isgeneratorfunction
 from typing import TYPE_CHECKING, Any
 
 from kedro.framework.hooks import hook_impl
@@ -75,6 +76,7 @@ class MlflowHook:
         run = run_of(catalog)
         if run is None:
             return (yield)
+        run.leave()  # what a generator has kept
         run.enter()
         try:
             return (yield)
@@ -84,7 +86,7 @@ class MlflowHook:
             raise
 
     @hook_impl(wrapper=True)
-    def after_node_run(self, catalog: DataCatalog) -> Iterator[None]:
+    def after_node_run(self, node: Node, catalog: DataCatalog) -> Iterator[None]:
         """Take the run back from the thread."""
         from .binding import run_of
 
@@ -92,16 +94,17 @@ class MlflowHook:
         try:
             return (yield)
         finally:
-            if run := run_of(catalog):
+            # The body of a generator only runs while its chunks are saved, until the next node.
+            if not isgeneratorfunction(node.func) and (run := run_of(catalog)):
                 run.leave()
 
     @hook_impl
-    def after_dataset_saved(self, dataset_name: str, data: Any) -> None:
+    def after_dataset_saved(self, dataset_name: str, data: Any, node: Node) -> None:
         """Log an output that `tracking.artifacts.datasets` asks for."""
         if catalog := _catalog.get():
             from .binding import log_output
 
-            log_output(catalog, dataset_name, data)
+            log_output(catalog, dataset_name, data, in_chunks=isgeneratorfunction(node.func))
 
     @hook_impl(wrapper=True)
     def on_node_error(self, error: Exception, node: Node, catalog: DataCatalog) -> Iterator[None]:

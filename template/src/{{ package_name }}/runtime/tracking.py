@@ -171,12 +171,15 @@ class RunHandle:
         finally:
             self.leave("block")
 
-    def before_end(self, call: Callable[[], object]) -> None:
+    def before_end(self, call: Callable[[], object], key: str | None = None) -> None:
         """Have something called when the run is about to end, the last that was asked for first.
 
-        Only in the process where the run `is_ours`: others don't know when it ends.
+        Of what has a `key` the latest replaces what was asked for before. Only in the process
+        where the run `is_ours`: others don't know when it ends.
         """
-        _outbox(self).ending.callback(call)
+        calls = _outbox(self).before_end
+        calls.pop(key or "", None)
+        calls[key or uuid4().hex] = call
 
     def finish(self, status: str, reason: str | None = None) -> None:
         """Send what waits and end the run as FINISHED, FAILED or KILLED; only the first call does.
@@ -191,7 +194,9 @@ class RunHandle:
         if not _started:
             endings.forget_signals()
         try:
-            with _outbox(self).ending:
+            with ExitStack() as calls:
+                for call in _outbox(self).before_end.values():
+                    calls.callback(call)
                 self.flush()
         except BaseException:
             status = "FAILED"
@@ -218,7 +223,7 @@ class _Outbox:
 
     def __init__(self, run: RunHandle) -> None:
         self.last_steps: dict[str, int] = {}
-        self.ending = ExitStack()
+        self.before_end: dict[str, Callable[[], object]] = {}
         self._run = run
         self._points: list[Metric] = []
         self._timer: threading.Timer | None = None

@@ -66,8 +66,9 @@ class MlflowArtifactDataset(TrackedDataset):
         save_to_run: bool = False,
     ) -> None:
         if not (isinstance(dataset, dict) and "type" in dataset):
+            got = f"one with {list(dataset)}" if isinstance(dataset, dict) else repr(dataset)
             raise DatasetError(
-                f"`dataset` is the dataset to wrap, a dictionary with a `type`, got {dataset!r}."
+                f"`dataset` is the dataset to wrap, a dictionary with a `type`, got {got}."
             )
         inside = PurePosixPath(artifact_path or "")
         if inside.is_absolute() or ".." in inside.parts:
@@ -114,7 +115,7 @@ class MlflowArtifactDataset(TrackedDataset):
         folder = _temporary_folder(run)
         data = self._at(self._fetch_from(run, folder)).load()
         if _is_in_memory(data):
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)
         return data
 
     def save(self, data: Any) -> None:
