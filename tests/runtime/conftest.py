@@ -10,6 +10,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -109,9 +110,41 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "mlflow.db"
 
 
+# The package in a project that is generated once for each set of answers, to copy.
+PATTERN = "pattern_of_a_package"
+
+
+@pytest.fixture(scope="session")
+def pattern(
+    generate: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """Generate a project once for each set of answers: that takes most of a second."""
+
+    @lru_cache
+    def make(**answers: object) -> Path:
+        return generate(
+            tmp_path_factory.mktemp("pattern") / PATTERN, package_name=PATTERN, **answers
+        )
+
+    return make
+
+
+def copy_of(pattern: Path, path: Path, package: str) -> None:
+    """Copy a project, with another name for its package."""
+    names = [(PATTERN, package), (PATTERN.replace("_", "-"), package.replace("_", "-"))]
+    for source in pattern.rglob("*"):
+        if source.is_file():
+            target = path / source.relative_to(pattern).as_posix().replace(PATTERN, package)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            content = source.read_bytes()
+            for old, new in names:
+                content = content.replace(old.encode(), new.encode())
+            target.write_bytes(content)
+
+
 @pytest.fixture
 def new_project(
-    tmp_path: Path, generate: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, pattern: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[..., Project]]:
     """Make projects whose store doesn't exist yet; leaves no trace of them in this process."""
     monkeypatch.setattr(sys, "path", sys.path[:])
@@ -121,7 +154,7 @@ def new_project(
     def make(**answers: object) -> Project:
         package = f"project_{os.getpid()}_{next(_numbers)}"
         packages.append(package)
-        generate(tmp_path / package, package_name=package, **{"example": False, **answers})
+        copy_of(pattern(**{"example": False, **answers}), tmp_path / package, package)
         shutil.rmtree(tmp_path / package / "src" / package / "pipelines" / "first")
         return Project(tmp_path / package, package)
 

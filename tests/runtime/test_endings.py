@@ -99,6 +99,7 @@ def running(
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        preexec_fn=heed_signals,
     )
     try:
         with fifo.open():  # opened once the pipeline waits
@@ -108,6 +109,12 @@ def running(
         if alive(process.pid):
             os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
+
+
+def heed_signals() -> None:
+    """Let signals do in a process what they do in a terminal, whoever runs the tests."""
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def alive(group: int) -> list[int]:
@@ -385,6 +392,7 @@ def test_signals_are_handled_only_while_a_run_is_on_and_only_when_nobody_else_do
         """
     )
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    terminate = signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         result = project.run()
 
@@ -394,3 +402,4 @@ def test_signals_are_handled_only_while_a_run_is_on_and_only_when_nobody_else_do
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     finally:
         signal.signal(signal.SIGHUP, before)
+        signal.signal(signal.SIGTERM, terminate)

@@ -15,7 +15,7 @@ RUNTIME = REPOSITORY / "template" / "src" / "{{ package_name }}" / "runtime"
 MODULES = sorted(RUNTIME.rglob("*.py"))
 
 # Kedro and MLflow, and what comes with them.
-INSTALLED = set("click cloudpickle fsspec kedro mlflow omegaconf pydantic rich yaml".split())
+INSTALLED = set("click cloudpickle fsspec kedro mlflow omegaconf pandas pydantic rich yaml".split())
 
 
 @pytest.fixture(params=MODULES, ids=lambda path: path.relative_to(RUNTIME).as_posix())
