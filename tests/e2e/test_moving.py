@@ -106,7 +106,7 @@ def test_the_example_logs_the_same_with_kedro_mlflow_and_with_the_runtime(
     )
     for project, plugin in ((ours, ""), (theirs, "kedro-mlflow==2.0.3")):
         shell("uv venv --quiet", project)
-        shell(f"uv pip install --quiet --editable . {plugin}", project)
+        shell(f"uv pip install --quiet --python .venv --editable . {plugin}", project)
         shell(
             ".venv/bin/kedro run && .venv/bin/kedro run --pipelines=inference",
             project,
