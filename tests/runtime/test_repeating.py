@@ -71,7 +71,7 @@ OF_ONE_RUN = {"run_id", "pid", "process_start"}
 @pytest.mark.parametrize(
     "words",
     [
-        ["--pipelines=one,two", "--env=prod", "--runner=ThreadRunner"],
+        ["--pipelines=two,one", "--env=prod", "--runner=ThreadRunner"],
         [
             "--pipelines=one",
             "--nodes=space.one_make,space.one_copy",

@@ -180,6 +180,10 @@ def track(
         ConfigError: When a parameter is too long and `long_params_strategy` is `fail`.
     """
     config: MlflowConfig = context.mlflow  # type: ignore[attr-defined]
+    typed = set(_typed().get("pipelines") or ())
+    if typed and typed == set(run_params.get("pipeline_names") or ()):
+        # Kedro passes what was typed in any order, another one each time.
+        run_params = {**run_params, "pipeline_names": list(dict.fromkeys(_typed()["pipelines"]))}
     names = provenance.pipeline_names(run_params)
     server = config.server.connection
     # A dataset that can't be made fails here, before there is a run.
@@ -274,13 +278,16 @@ def _parameters(
         ) from error
 
 
+def _typed() -> dict[str, Any]:
+    """Give the options of the `kedro run` that this is; nothing when a script runs a session."""
+    command = click.get_current_context(silent=True)
+    return command.params if command and command.info_name == "run" else {}
+
+
 def _tags(
     context: KedroContext, run_params: dict[str, Any], secrets: params.Secrets
 ) -> dict[str, str]:
-    command = click.get_current_context(silent=True)
-    options = provenance.command_options(
-        command.params if command and command.info_name == "run" else {}, context.project_path
-    )
+    options = provenance.command_options(_typed(), context.project_path)
     return {
         **provenance.run_tags(secrets.hide(run_params), [secrets.hide_in(o) for o in options]),
         **provenance.source_tags(context.project_path, package_name(context)),
