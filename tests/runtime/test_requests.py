@@ -136,6 +136,7 @@ def imports_mlflow(report: str) -> bool:
         ["catalog", "list-patterns"],
         ["catalog", "resolve-patterns"],
         ["ipython", "--", "-c", "catalog.keys(); pipelines['__default__']; print('looked')"],
+        # Not among the tests' packages: its plugin slows every command of the other tests.
         pytest.param(
             ["viz", "build"],
             marks=pytest.mark.skipif(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import reprlib
 import time
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING, Any
@@ -122,8 +123,9 @@ class _MetricDataset(TrackedDataset):
             return False
         return any(self._is_mine(key) for key in run.metric_keys())
 
+    @abstractmethod
     def _is_mine(self, key: str) -> bool:
-        raise NotImplementedError
+        """Tell whether a metric of the run is one that this dataset saves."""
 
 
 def _check_name(key: str) -> None:
