@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from kedro.io import CachedDataset
 
-from .datasets.artifacts import has_file, log_file
+from .datasets.artifacts import log_file
+from .datasets.files import has_file
 from .datasets.tracked import TrackedDataset
 
 if TYPE_CHECKING:

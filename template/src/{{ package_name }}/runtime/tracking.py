@@ -28,6 +28,7 @@ from .server import Server, SettingError, experiment_id, prepare
 if TYPE_CHECKING:
     from mlflow import ActiveRun
     from mlflow.entities import Metric, Run
+    from mlflow.models.model import ModelInfo
 
     from .config import TrackingOptions
 
@@ -133,6 +134,22 @@ class RunHandle:
     def log_text(self, text: str, artifact_file: str) -> None:
         """Write a text to the run's artifacts."""
         self.server.client.log_text(self.run_id, text, artifact_file)
+
+    def log_model(
+        self, log: Callable[[], ModelInfo], registered_name: str | None, alias: str | None
+    ) -> ModelInfo:
+        """Log a model by a function that logs to MLflow's active run.
+
+        The version that gets registered by it, as `registered_name`, is given the alias.
+        """
+        self.flush()  # MLflow links the metrics that the run has now with the model
+        with self.active():
+            info = log()
+        if alias and registered_name:
+            self.server.client.set_registered_model_alias(
+                registered_name, alias, str(info.registered_model_version)
+            )
+        return info
 
     def flush(self) -> None:
         """Send every point that waits in this process."""

@@ -10,17 +10,14 @@ from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any, ClassVar
 
-import fsspec  # type: ignore[import-untyped]
 from fsspec.implementations.local import LocalFileSystem  # type: ignore[import-untyped]
 from kedro.io import AbstractDataset, AbstractVersionedDataset, DatasetError
 from kedro.io.core import Version
 
 from ..loading import shown_uri
 from ..tracking import RunHandle, attach
+from .files import copy_files, files, has_file, is_partitioned, location, moved, partitions, state
 from .tracked import TrackedDataset
-
-# Arguments with which datasets are told where their file or folder is.
-_PATH_ARGUMENTS = ("filepath", "path", "filename")
 
 
 @AbstractVersionedDataset.register  # Kedro hands `catalog.load(name, version=…)` to these alone
@@ -98,7 +95,7 @@ class MlflowArtifactDataset(TrackedDataset):
         super().bind(*args)
         if self._run and self._grows and not self.log_only:
             # Whichever process saves the file, the one that ends the run logs it.
-            before = _state(self._dataset)
+            before = state(self._dataset)
             self._run.before_end(partial(self._log_if_changed, self._run_to_save_to(), before))
 
     def load(self) -> Any:
@@ -132,7 +129,7 @@ class MlflowArtifactDataset(TrackedDataset):
             log_file(run, self._dataset, self.artifact_path, data)
 
     def _save_to_run_alone(self, run: RunHandle, data: Any) -> None:
-        name = PurePosixPath(_location(self._dataset, versioned=False)[1]).name
+        name = PurePosixPath(location(self._dataset, None)[1]).name
         if not self._grows:
             with TemporaryDirectory() as folder:
                 draft = self._at(Path(folder, name))
@@ -155,10 +152,10 @@ class MlflowArtifactDataset(TrackedDataset):
     @property
     def _grows(self) -> bool:
         # A partition, unlike other files, is whole with its chunk.
-        return self.in_chunks and not _is_partitioned(self._dataset)
+        return self.in_chunks and not is_partitioned(self._dataset)
 
     def _log_if_changed(self, run: RunHandle, before: dict[str, Any]) -> None:
-        if _state(self._dataset) != before:
+        if state(self._dataset) != before:
             log_file(run, self._dataset, self.artifact_path)
 
     @property
@@ -179,7 +176,7 @@ class MlflowArtifactDataset(TrackedDataset):
 
     @property
     def _artifact(self) -> PurePosixPath:
-        path = _location(self._dataset, versioned=False)[1]
+        path = location(self._dataset, None)[1]
         return PurePosixPath(self.artifact_path or "", PurePosixPath(path).name)
 
     def _fetch_from(self, run: RunHandle, folder: Path) -> Path:
@@ -198,25 +195,27 @@ class MlflowArtifactDataset(TrackedDataset):
 
     @property
     def _is_remote(self) -> bool:
-        return not isinstance(_location(self._dataset, versioned=False)[0], LocalFileSystem)
+        return not isinstance(location(self._dataset, None)[0], LocalFileSystem)
 
     def _at(self, path: Path) -> AbstractDataset[Any, Any]:
         """Make the wrapped dataset once more, with its file or folder at a local path."""
-        argument = next((name for name in _PATH_ARGUMENTS if name in self._config), None)
-        if argument is None:
-            raise DatasetError(
-                f"{type(self._dataset).__name__} can only be loaded from its own place, not from a "
-                f"run: it has none of the arguments {', '.join(_PATH_ARGUMENTS)}."
-            )
-        config = {**self._config, argument: path.as_posix()}
-        config.pop("checkpoint", None)  # of the partitions that are new in the original place
-        if self._is_remote:
-            config = _made_local(config)
+        config = moved(self._config, path.as_posix())
         made = AbstractDataset.from_config("dataset", config)
         if isinstance(made, AbstractVersionedDataset):
             made._version = None  # an artifact is the one version that was saved
         getattr(made, "_dataset_config", {}).pop("version", None)  # that of partitions
         return made
+
+    def copy_to(self, folder: Path) -> dict[str, Any] | None:
+        """Copy what would be loaded to a local folder; gives the dataset that loads the copy."""
+        if not self._loads_from_run:
+            return copy_files(self._dataset, folder)
+        if self.run_id is None:
+            self._log_draft()
+        fetched = self._fetch_from(self._resolve_run(), folder)
+        config = moved(self._config, fetched.relative_to(folder).as_posix())
+        config.pop("versioned", None)  # an artifact is the one version that was saved
+        return config
 
     def _exists(self) -> bool:
         if not self._loads_from_run:
@@ -272,11 +271,6 @@ class MlflowArtifactDataset(TrackedDataset):
             self._make(self.__dict__.pop("version"))
 
 
-def has_file(dataset: AbstractDataset[Any, Any]) -> bool:
-    """Tell whether a dataset keeps its data in a file or folder of its own."""
-    return _path_of(dataset) is not None
-
-
 def log_file(
     run: RunHandle,
     dataset: AbstractDataset[Any, Any],
@@ -294,11 +288,11 @@ def log_file(
     Raises:
         DatasetError: When the dataset has saved nothing there.
     """
-    file_system, path = _location(dataset)
+    file_system, path = location(dataset)
     place = PurePosixPath(artifact_path or "", PurePosixPath(path).name)
     saved = {path: place}
-    if data is not None and _is_partitioned(dataset):
-        saved = _partitions(file_system, dataset, data, path, place)
+    if data is not None and is_partitioned(dataset):
+        saved = partitions(file_system, dataset, data, path, place)
     if isinstance(file_system, LocalFileSystem):
         for path, place in saved.items():
             if not os.path.exists(path):  # noqa: PTH110
@@ -307,11 +301,11 @@ def log_file(
         return
     with TemporaryDirectory() as folder:
         for path, place in saved.items():
-            files = _files(file_system, path)
-            if not files:
+            found = files(file_system, path)
+            if not found:
                 raise _nothing_saved(dataset, path)
-            copies = [Path(folder, place, PurePosixPath(file).relative_to(path)) for file in files]
-            file_system.get(files, [str(copy) for copy in copies])
+            copies = [Path(folder, place, PurePosixPath(file).relative_to(path)) for file in found]
+            file_system.get(found, [str(copy) for copy in copies])
         for fetched in Path(folder).iterdir():
             run.log_artifact(fetched)
 
@@ -322,66 +316,8 @@ def _nothing_saved(dataset: AbstractDataset[Any, Any], path: str) -> DatasetErro
     )
 
 
-def _path_of(dataset: AbstractDataset[Any, Any]) -> str | None:
-    given = getattr(dataset, "_init_args", {})
-    given = {**given.get("kwargs", {}), **given}  # as Kedro keeps those of an inherited `__init__`
-    places = [getattr(dataset, name, None) for name in ("_filepath", "_path")]
-    places += [given.get(name) for name in _PATH_ARGUMENTS]
-    return next((str(path) for path in places if isinstance(path, str | os.PathLike)), None)
-
-
-def _location(dataset: AbstractDataset[Any, Any], *, versioned: bool = True) -> tuple[Any, str]:
-    """Give the file system and the path that a dataset saves to."""
-    path = _path_of(dataset)
-    if versioned and isinstance(dataset, AbstractVersionedDataset) and dataset._version:
-        path = str(dataset._get_versioned_path(dataset.resolve_save_version() or ""))
-    file_system = getattr(dataset, "_fs", None) or getattr(dataset, "_filesystem", None)
-    if not isinstance(file_system, fsspec.AbstractFileSystem):
-        file_system, path = fsspec.core.url_to_fs(path)
-    return file_system, file_system._strip_protocol(path)
-
-
-def _is_partitioned(dataset: Any) -> bool:
-    return hasattr(dataset, "_partition_to_path")
-
-
-def _partitions(
-    file_system: Any, dataset: Any, data: Any, folder: str, place: PurePosixPath
-) -> dict[str, PurePosixPath]:
-    """Map the path of each partition in `data` to its place among the artifacts."""
-    found = {}
-    for partition in data:
-        path = file_system._strip_protocol(dataset._partition_to_path(partition))
-        inside = place / PurePosixPath(path).relative_to(folder)
-        version = dataset._dataset_config.get("version")
-        found[f"{path}/{version.save}/{inside.name}" if version else path] = inside
-    return found
-
-
-def _files(file_system: Any, path: str) -> list[str]:
-    file_system.invalidate_cache(path)
-    return sorted(file_system.find(path))
-
-
-def _state(dataset: AbstractDataset[Any, Any]) -> dict[str, Any]:
-    """Describe the files of a dataset, so that a change shows."""
-    file_system, path = _location(dataset)
-    return {file: file_system.info(file) for file in _files(file_system, path)}
-
-
 def _folder(place: PurePosixPath) -> str | None:
     return None if place.parent == PurePosixPath() else str(place.parent)
-
-
-def _made_local(config: dict[str, Any]) -> dict[str, Any]:
-    """Take out of a dataset's configuration what is for a remote file system."""
-    local = {name: value for name, value in config.items() if name != "credentials"}
-    if fs_args := config.get("fs_args"):
-        kept = {name: value for name, value in fs_args.items() if name.startswith("open_args")}
-        local["fs_args"] = kept
-    if isinstance(config.get("dataset"), dict):
-        local["dataset"] = _made_local(config["dataset"])
-    return local
 
 
 def _repository(run: RunHandle) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -101,18 +102,13 @@ class MlflowModelTrackingDataset(TrackedDataset):
         if not self._is_tracked:
             self._untracked = model
             return
-        run = self._resolve_run()
-        run.flush()  # MLflow links the metrics that the run has now with the model
         if "artifact_path" not in arguments:  # MLflow's earlier word for `name`
             arguments.setdefault("name", self._model_name())
-        with run.active():
-            self.model_info = self._flavor.log(model, arguments)
-        if self._alias:
-            run.server.client.set_registered_model_alias(
-                arguments["registered_model_name"],
-                self._alias,
-                str(self.model_info.registered_model_version),
-            )
+        self.model_info = self._resolve_run().log_model(
+            partial(self._flavor.log, model, arguments),
+            arguments.get("registered_model_name"),
+            self._alias,
+        )
 
     @property
     def model_uri(self) -> str:
@@ -133,6 +129,12 @@ class MlflowModelTrackingDataset(TrackedDataset):
                 "say in `load_args.model_uri` or `load_args.run_id` which to load."
             )
         return saved.model_uri
+
+    def copy_to(self, folder: Path) -> dict[str, Any]:
+        """Copy the model that would be loaded to a local folder."""
+        uri = self.model_uri
+        self._use_server()
+        return _copy_model(uri, folder, self._flavor, self._load_args)
 
     def _last_saved_in(self, run: RunHandle) -> LoggedModel | None:
         from mlflow.entities import LoggedModelStatus
@@ -261,6 +263,11 @@ class MlflowModelRegistryDataset(TrackedDataset):
         self._use_server()
         return self._flavor.load(self.model_uri, self._load_args)
 
+    def copy_to(self, folder: Path) -> dict[str, Any]:
+        """Copy the registered model to a local folder."""
+        self._use_server()
+        return _copy_model(self.model_uri, folder, self._flavor, self._load_args)
+
     def save(self, data: Any) -> None:  # noqa: ARG002
         """Refuse: a model gets into the registry by being logged.
 
@@ -371,6 +378,28 @@ class MlflowModelLocalFileSystemDataset(AbstractVersionedDataset[Any, Any]):
             "save_args": self._save_args or None,
             "version": self._version,
         }
+
+
+def _copy_model(
+    uri: str, folder: Path, flavor: Flavor, load_args: dict[str, Any]
+) -> dict[str, Any]:
+    """Fetch a model into a folder; gives the dataset that loads it from there."""
+    from mlflow.artifacts import download_artifacts
+    from mlflow.exceptions import MlflowException
+
+    target = folder / "model"
+    target.mkdir()
+    try:
+        download_artifacts(uri, dst_path=str(target))
+    except MlflowException as error:
+        raise DatasetError(f"The model {uri} can't be fetched: {error.message}") from error
+    return {
+        "type": MlflowModelLocalFileSystemDataset,
+        "filepath": target.name,
+        "flavor": flavor.name,
+        "pyfunc_workflow": flavor.workflow,
+        "load_args": load_args,
+    }
 
 
 def _is_model(folder: Path) -> bool:

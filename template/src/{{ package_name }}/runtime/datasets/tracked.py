@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from kedro.io import AbstractDataset, DatasetError
@@ -36,6 +37,14 @@ class TrackedDataset(AbstractDataset[Any, Any]):
             name: The dataset's name in the catalog.
         """
         self._server, self._run, self._name = server, run, name.partition("@")[0]
+
+    def copy_to(self, folder: Path) -> dict[str, Any] | None:  # noqa: ARG002
+        """Copy what would be loaded to a local folder.
+
+        Gives the configuration of the dataset that loads the copy, with a path relative to the
+        folder; None when there is no file, and what is loaded can be kept instead.
+        """
+        return None
 
     @property
     def _is_tracked(self) -> bool:
