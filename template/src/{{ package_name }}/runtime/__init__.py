@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from .datasets.tables import MlflowRunsDataset, MlflowTableDataset
     from .hooks import MlflowHook
     from .loading import ConfigError
+    from .pipeline_ml import pipeline_ml_factory
+    from .pipeline_model import KedroPipelineModel
     from .resolvers import random_name
 
 _MODULES = {
@@ -44,12 +46,15 @@ _MODULES = {
     "MlflowModelTrackingDataset": "datasets.models",
     "MlflowRunsDataset": "datasets.tables",
     "MlflowTableDataset": "datasets.tables",
+    "KedroPipelineModel": "pipeline_model",
+    "pipeline_ml_factory": "pipeline_ml",
     "random_name": "resolvers",
 }
 
 __all__ = [
     "ConfigError",
     "ConfigLoader",
+    "KedroPipelineModel",
     "MlflowArtifactDataset",
     "MlflowConfig",
     "MlflowHook",
@@ -62,6 +67,7 @@ __all__ = [
     "MlflowModelTrackingDataset",
     "MlflowRunsDataset",
     "MlflowTableDataset",
+    "pipeline_ml_factory",
     "random_name",
 ]
 

@@ -26,12 +26,15 @@ from .loading import (
     read_credentials,
     register_header_provider,
 )
+from .pipeline_ml import PipelineML
 from .server import SettingError
 
 if TYPE_CHECKING:
     from kedro.framework.context import KedroContext
     from kedro.io import DataCatalog
     from kedro.pipeline import Pipeline
+
+    from .pipeline_model import KedroPipelineModel
 
 logger = logging.getLogger(__name__)
 
@@ -117,6 +120,36 @@ def log_output(catalog: DataCatalog, name: str, data: Any, *, in_chunks: bool = 
         log()
 
 
+def _check_model(pipeline: PipelineML, catalog: DataCatalog, secrets: params.Secrets) -> None:
+    """See before the run whether the inference pipeline can be logged as a model at its end."""
+    if pipeline.missing:
+        names = ", ".join(sorted(pipeline.missing))
+        logger.warning("No model will be logged: %s isn't in the part that runs", names)
+        return
+    from .packing import check
+
+    model = _model_of(pipeline, catalog)
+    check(model, catalog, secrets, pipeline.log_model_kwargs, given=pipeline.inputs())
+
+
+def log_model(catalog: DataCatalog, pipeline: Pipeline) -> None:
+    """Log the inference pipeline of a training that has run, when it has one."""
+    binding = _binding_of(catalog)
+    if isinstance(pipeline, PipelineML) and binding and binding.run and not pipeline.missing:
+        from .packing import log
+
+        model, arguments = _model_of(pipeline, catalog), pipeline.log_model_kwargs
+        log(binding.run, model, catalog, binding.package_name, arguments)
+
+
+def _model_of(pipeline: PipelineML, catalog: DataCatalog) -> KedroPipelineModel:
+    from .pipeline_model import KedroPipelineModel
+
+    return KedroPipelineModel(
+        pipeline.inference, catalog, pipeline.input_name, **pipeline.kpm_kwargs
+    )
+
+
 def fail(catalog: DataCatalog, error: BaseException) -> None:
     """End the run of a catalog as FAILED, with the reason."""
     report(catalog, error)
@@ -196,6 +229,8 @@ def track(
     if not set(names) <= set(config.tracking.disable_tracking.pipelines):
         variables = read_credentials(context)
         register_header_provider(context)
+        if isinstance(pipeline, PipelineML):
+            _check_model(pipeline, catalog, secrets)
         logged, tags = _parameters(config, pipeline, catalog, secrets)
         try:
             run = tracking.start(

@@ -119,12 +119,13 @@ class MlflowHook:
                 report(catalog, error, node.name)
 
     @hook_impl(wrapper=True)
-    def after_pipeline_run(self, catalog: DataCatalog) -> Iterator[None]:
-        """End the run."""
-        from .binding import end, fail
+    def after_pipeline_run(self, pipeline: Pipeline, catalog: DataCatalog) -> Iterator[None]:
+        """Log the model of a pipeline that has one, and end the run."""
+        from .binding import end, fail, log_model
 
         try:
             result = yield
+            log_model(catalog, pipeline)
         except BaseException as error:
             fail(catalog, error)
             raise

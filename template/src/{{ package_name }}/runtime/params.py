@@ -96,7 +96,8 @@ class Secrets:
         if isinstance(value, Mapping):
             return {key: self.hide(item, str(key)) for key, item in value.items()}
         if isinstance(value, list | tuple):
-            return [self.hide(item) for item in value]
+            hidden = [self.hide(item) for item in value]
+            return tuple(hidden) if isinstance(value, tuple) else hidden
         if isinstance(value, str):
             return self.hide_in(value)
         return REDACTED if str(value) in self.values else value

@@ -2,7 +2,7 @@
 
 from kedro.pipeline import Node, Pipeline
 
-from .nodes import clean, split
+from .nodes import clean, measure, split
 
 
 def create_pipeline() -> Pipeline:
@@ -10,9 +10,10 @@ def create_pipeline() -> Pipeline:
     return Pipeline(
         [
             Node(clean, "penguins_raw", "penguins", name="clean"),
+            Node(measure, ["penguins", "params:features"], "measurements", name="measure"),
             Node(
                 split,
-                ["penguins", "params:split.test_size", "params:random_state"],
+                ["measurements", "penguins", "params:split.test_size", "params:random_state"],
                 ["train_set", "test_set"],
                 name="split",
             ),

@@ -8,5 +8,5 @@ from .nodes import predict
 def create_pipeline() -> Pipeline:
     """Make the pipeline."""
     return Pipeline(
-        [Node(predict, ["registered_classifier", "penguins"], "predictions", name="predict")]
+        [Node(predict, ["registered_classifier", "measurements"], "predictions", name="predict")]
     )

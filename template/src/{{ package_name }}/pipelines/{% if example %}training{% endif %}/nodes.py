@@ -11,7 +11,9 @@ from sklearn.model_selection import learning_curve as sklearn_learning_curve
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-FEATURES = ["bill_length_mm", "flipper_length_mm", "body_mass_g"]
+
+def _divide(table: pd.DataFrame) -> tuple[pd.DataFrame, "pd.Series[str]"]:
+    return table.drop(columns="species"), table["species"]
 
 
 def _classifier(strength: float) -> Pipeline:
@@ -24,13 +26,12 @@ def tune(
     """Find the strength of regularisation that does best; each one is a nested run."""
     import mlflow  # here, so that commands which run nothing stay fast
 
+    measurements, species = _divide(train)
     means = {}
     for strength in strengths:
         with mlflow.start_run(run_name=f"strength {strength}", nested=True):
             mlflow.log_param("strength", strength)
-            scores = cross_val_score(
-                _classifier(strength), train[FEATURES], train["species"], cv=folds
-            )
+            scores = cross_val_score(_classifier(strength), measurements, species, cv=folds)
             for fold, score in enumerate(scores):
                 mlflow.log_metric("accuracy", float(score), step=fold)
             means[strength] = float(scores.mean())
@@ -40,7 +41,7 @@ def tune(
 
 def train_classifier(train: pd.DataFrame, strength: float) -> Pipeline:
     """Fit the classifier on the whole training table."""
-    return _classifier(strength).fit(train[FEATURES], train["species"])
+    return _classifier(strength).fit(*_divide(train))
 
 
 def learning_curve(
@@ -49,8 +50,7 @@ def learning_curve(
     """Measure how the accuracy grows with the number of penguins."""
     sizes, _, scores = sklearn_learning_curve(
         _classifier(strength),
-        train[FEATURES],
-        train["species"],
+        *_divide(train),
         train_sizes=shares,
         cv=folds,
         shuffle=True,
@@ -61,7 +61,8 @@ def learning_curve(
 
 def evaluate(classifier: Pipeline, test: pd.DataFrame) -> tuple[float, dict[str, float], Figure]:
     """Compare predictions with the truth: accuracy, F1 score of each species, a figure."""
-    truth, predicted = test["species"], classifier.predict(test[FEATURES])
+    measurements, truth = _divide(test)
+    predicted = classifier.predict(measurements)
     scores: Any = f1_score(truth, predicted, average=None, labels=classifier.classes_)
     figure = Figure(figsize=(5, 4), layout="constrained")
     ConfusionMatrixDisplay.from_predictions(truth, predicted, ax=figure.subplots(), colorbar=False)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import os
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -78,13 +80,13 @@ def partitions(
     return found
 
 
-def moved(config: dict[str, Any], path: str) -> dict[str, Any]:
+def moved(config: Mapping[str, Any], path: str) -> dict[str, Any]:
     """Give the configuration of a dataset with its file or folder at a local path instead.
 
     Raises:
         DatasetError: When the dataset isn't told its place by an argument.
     """
-    argument = next((name for name in _PATH_ARGUMENTS if name in config), None)
+    argument = _path_argument(config)
     if argument is None:
         kind = config["type"] if isinstance(config["type"], str) else config["type"].__name__
         raise DatasetError(
@@ -96,7 +98,11 @@ def moved(config: dict[str, Any], path: str) -> dict[str, Any]:
     return made
 
 
-def _made_local(config: dict[str, Any]) -> dict[str, Any]:
+def _path_argument(config: Mapping[str, Any]) -> str | None:
+    return next((name for name in _PATH_ARGUMENTS if name in config), None)
+
+
+def _made_local(config: Mapping[str, Any]) -> dict[str, Any]:
     """Take out of a dataset's configuration what is for a remote file system."""
     local = {name: value for name, value in config.items() if name != "credentials"}
     if fs_args := config.get("fs_args"):
@@ -107,16 +113,19 @@ def _made_local(config: dict[str, Any]) -> dict[str, Any]:
     return local
 
 
-def copy_files(dataset: AbstractDataset[Any, Any], folder: Path) -> dict[str, Any]:
+def copy_files(dataset: AbstractDataset[Any, Any], folder: Path) -> dict[str, Any] | None:
     """Copy what a dataset would load to a local folder, wherever it is now.
 
-    Gives the configuration of the dataset that loads the copy, with a path relative to the folder.
+    Gives the configuration of the dataset that loads the copy, with a path relative to the folder
+    (see `load_copy`); None when the dataset has no file, or can't be loaded from another place.
 
     Raises:
-        DatasetError: When there is nothing, or the dataset can't be loaded from another place.
+        DatasetError: When there is nothing to load.
     """
+    config = _config_of(dataset)
+    if not has_file(dataset) or _path_argument(config) is None:
+        return None
     name = PurePosixPath(location(dataset, None)[1]).name
-    config = moved(_config_of(dataset), name)
     dataset.release()  # another process may have saved a later version
     file_system, path = location(dataset, "load")
     found = files(file_system, path)
@@ -126,7 +135,26 @@ def copy_files(dataset: AbstractDataset[Any, Any], folder: Path) -> dict[str, An
     for copy in copies:
         copy.parent.mkdir(parents=True, exist_ok=True)
     file_system.get(found, [str(copy) for copy in copies])
-    return config
+    return moved(config, name)
+
+
+def load_copy(config: Mapping[str, Any], folder: Path) -> Any:
+    """Load what `copy_files` has copied to a folder, wherever that is now, into memory."""
+    argument = _path_argument(config)
+    assert argument, "it was copied from a file"
+    config = {**config, argument: (folder / config[argument]).as_posix()}
+    dataset: AbstractDataset[Any, Any] = AbstractDataset.from_config(folder.name, config)
+    data = dataset.load()
+    if not is_partitioned(dataset):
+        return data
+    # Partitions are functions that read a file; here they have read it.
+    return {
+        name: partial(_same, value()) if callable(value) else value for name, value in data.items()
+    }
+
+
+def _same(value: Any) -> Any:
+    return value
 
 
 def _config_of(dataset: AbstractDataset[Any, Any]) -> dict[str, Any]:

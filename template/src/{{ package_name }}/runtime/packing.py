@@ -1,0 +1,266 @@
+"""Log a pipeline, with what it needs to predict anywhere, as a model of MLflow."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import logging
+import sys
+import sysconfig
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import mlflow.pyfunc
+import yaml
+from mlflow.exceptions import MlflowException
+from mlflow.models import (
+    Model,
+    convert_input_example_to_serving_input,
+    infer_signature,
+    validate_schema,
+)
+from mlflow.pyfunc.model import PythonModelContext
+
+from .pipeline_ml import PipelineError
+from .pipeline_model import KedroPipelineModel
+from .requirements import needed
+
+if TYPE_CHECKING:
+    from kedro.io import DataCatalog
+    from mlflow.models import ModelSignature
+    from mlflow.models.model import ModelInfo
+
+    from .params import Secrets
+    from .tracking import RunHandle
+
+logger = logging.getLogger(__name__)
+
+# Rows to predict from for the signature and the requirements.
+EXAMPLE_ROWS = 5
+
+
+def check(
+    model: KedroPipelineModel,
+    catalog: DataCatalog,
+    secrets: Secrets,
+    arguments: Mapping[str, Any],
+    given: Iterable[str],
+) -> None:
+    """See before anything runs whether a model can be logged when all has run.
+
+    Takes the arguments of `log_model`, and in `given` the datasets whose data is there before.
+
+    Raises:
+        PipelineError: When it can't, naming the parameter, argument or dataset.
+    """
+    known = inspect.signature(mlflow.pyfunc.log_model).parameters
+    for name in arguments:
+        if name not in known and name != "registered_model_alias":
+            raise PipelineError(
+                f"log_model_kwargs: MLflow's pyfunc.log_model has no argument {name!r}"
+            )
+    for name, value in model.parameters.items():
+        if secrets.hide(value, name) != value:
+            raise PipelineError(
+                f"{name!r} has a value that is or looks like a secret, and would be in the model "
+                "for everybody to read: have the node read it from the environment, or take what "
+                "its name matches out of tracking.redact in mlflow.yml."
+            )
+    dataset = catalog.get(model.input_name)
+    signature = arguments.get("signature")
+    if isinstance(signature, str):
+        if signature != "auto":
+            raise PipelineError(
+                f"signature: expected auto, a ModelSignature or None, got {signature!r}"
+            )
+        if dataset is None or (dataset._EPHEMERAL and model.input_name not in given):
+            raise PipelineError(
+                f"{model.input_name!r} is only in memory, so that the model's signature can't be "
+                "inferred from its data: give it an entry in catalog.yml, or give log_model_kwargs "
+                "a signature, which may be None."
+            )
+
+
+def log(
+    run: RunHandle,
+    model: KedroPipelineModel,
+    catalog: DataCatalog,
+    package: str,
+    arguments: Mapping[str, Any],
+) -> ModelInfo:
+    """Log a pipeline's model to a run.
+
+    Args:
+        run: The run to log to.
+        model: The pipeline's model.
+        catalog: Where the data of its input is, to infer the signature from.
+        package: The project's package, which travels with the model.
+        arguments: Arguments of `mlflow.pyfunc.log_model`; `signature` may be `auto`, and there may
+            be a `registered_model_alias`.
+    """
+    arguments = dict(arguments)
+    alias = arguments.pop("registered_model_alias", None)
+    with TemporaryDirectory() as folder:
+        artifacts = model.extract_pipeline_artifacts(Path(folder, "artifacts"))
+        example = None
+        if arguments.get("signature") == "auto":
+            arguments["signature"], example = _infer(model, artifacts, catalog)
+        code = [str(path) for path in _own_code(model, package)]
+        arguments["code_paths"] = [*code, *(arguments.get("code_paths") or ())]
+        save = partial(_save, package, example, python_model=model, artifacts=artifacts)
+        info = run.log_model(
+            # MLflow's own way to log models of a kind of one's own.
+            partial(
+                Model.log,
+                artifact_path=None,
+                flavor=SimpleNamespace(__name__="mlflow.pyfunc", save_model=save),
+                **arguments,
+            ),
+            arguments.get("registered_model_name"),
+            alias,
+        )
+    logger.info("The pipeline is logged as the model %s", info.model_uri)
+    return info
+
+
+def _infer(
+    model: KedroPipelineModel, artifacts: dict[str, str], catalog: DataCatalog
+) -> tuple[ModelSignature | None, Any]:
+    """Infer the signature; gives also rows of the input that the model can predict from.
+
+    What can't be inferred is told in a warning: it must not cost the model of a long training.
+    """
+    data = catalog.load(model.input_name)
+    rows = _first_rows(data)
+    predicted: Any = None
+    if rows is not None:
+        model.load_context(PythonModelContext(artifacts, None))
+        try:
+            predicted = model.predict(None, rows)
+        except Exception as error:  # whatever the nodes raise
+            logger.warning("The model can't predict from the first rows of its input: %s", error)
+            rows = None
+    try:
+        signature = infer_signature(data, predicted, _inferable(model.inference_params))
+        if rows is not None:
+            validate_schema(rows, signature.inputs)
+            convert_input_example_to_serving_input(rows)
+    except (MlflowException, TypeError, ValueError) as error:
+        logger.warning("No signature can be inferred from %r: %s", model.input_name, error)
+        return None, None
+    return signature, rows
+
+
+def _first_rows(data: Any) -> Any:
+    """Give a few rows of what is in memory; None for other kinds of data."""
+    package = type(data).__module__.partition(".")[0]
+    if package == "pandas":
+        return data.head(EXAMPLE_ROWS)
+    if package == "numpy" or isinstance(data, list):
+        return data[:EXAMPLE_ROWS]
+    return None
+
+
+def _inferable(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Pick the parameters of a type that a signature can have."""
+    return {name: value for name, value in params.items() if _is_inferable(name, value)}
+
+
+def _is_inferable(name: str, value: Any) -> bool:
+    try:
+        infer_signature(params={name: value})
+    except MlflowException as error:
+        logger.info("The parameter %r can't be changed by requests: %s", name, error.message)
+        return False
+    return True
+
+
+def _save(package: str, example: Any, *, path: str, mlflow_model: Model, **arguments: Any) -> None:
+    """Save the model as MLflow does, but without traces of this machine."""
+    inferred = not (arguments.get("pip_requirements") or arguments.get("conda_env"))
+    tried = inferred and example is not None and arguments.get("input_example") is None
+    if tried:
+        # MLflow finds what the model needs by trying it, imports inside of nodes included.
+        arguments["input_example"] = example
+    with TemporaryDirectory() as no_project:
+        if "uv_project_path" in inspect.signature(mlflow.pyfunc.save_model).parameters:
+            # From a lock file in this folder MLflow would take all that the project has installed.
+            arguments.setdefault("uv_project_path", no_project)
+        with _no_advice():
+            mlflow.pyfunc.save_model(path, mlflow_model=mlflow_model, **arguments)
+    if tried:
+        for file in Path(path).glob("*input_example*"):
+            file.unlink()
+        mlflow_model.saved_input_example_info = None  # type: ignore[assignment]
+    if inferred:
+        _write_requirements(Path(path), package)
+    for artifact in mlflow_model.flavors["python_function"].get("artifacts", {}).values():
+        artifact["uri"] = artifact["path"]
+    mlflow_model.artifact_path = f"models:/{mlflow_model.model_id}"
+    mlflow_model.save(str(Path(path, "MLmodel")))
+    for file in Path(path, "artifacts").rglob("MLmodel"):
+        _forget_location(file)
+
+
+@contextmanager
+def _no_advice() -> Iterator[None]:
+    """Hide MLflow's advice to save a file of code instead: a pipeline is an object."""
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith("Passing a Python object")
+
+    mlflow_logger = logging.getLogger("mlflow.pyfunc")
+    mlflow_logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        mlflow_logger.removeFilter(is_other)
+
+
+def _forget_location(file: Path) -> None:
+    """Take out of the description of a model in which folder or bucket it was logged."""
+    description = yaml.safe_load(file.read_text("utf-8"))
+    if "model_id" in description:
+        description["artifact_path"] = f"models:/{description['model_id']}"
+        file.write_text(yaml.safe_dump(description), encoding="utf-8")
+
+
+def _write_requirements(folder: Path, package: str) -> None:
+    """Keep of the requirements, which MLflow has in two files, those that are needed."""
+    requirements, conda = folder / "requirements.txt", folder / "conda.yaml"
+    lines = needed(requirements.read_text("utf-8").splitlines(), package, folder / "code")
+    requirements.write_text("\n".join(lines), encoding="utf-8")
+    environment = yaml.safe_load(conda.read_text("utf-8"))
+    for dependency in environment["dependencies"]:
+        if isinstance(dependency, dict):
+            dependency["pip"] = lines
+    conda.write_text(yaml.safe_dump(environment, default_flow_style=False), encoding="utf-8")
+
+
+def _own_code(model: KedroPipelineModel, package: str) -> list[Path]:
+    """List where the project's package is, and the modules of nodes that aren't installed."""
+    modules = {_module_of(node.func).partition(".")[0] for node in model.pipeline.nodes}
+    installed = [Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")]
+    code = [_source_of(package)]
+    for module in sorted(modules - {package, "__main__", *sys.stdlib_module_names}):
+        source = _source_of(module)
+        if not any(source.is_relative_to(folder) for folder in installed):
+            code.append(source)
+    return code
+
+
+def _module_of(function: Any) -> str:
+    while isinstance(function, partial):
+        function = function.func
+    return str(getattr(function, "__module__", None) or type(function).__module__)
+
+
+def _source_of(module: str) -> Path:
+    """Give the folder of a package, or the file of a module."""
+    file = Path(inspect.getsourcefile(importlib.import_module(module)) or "")
+    return file.parent if file.name == "__init__.py" else file
