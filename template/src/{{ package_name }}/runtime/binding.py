@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from functools import partial
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from kedro.framework.context import KedroContext
     from kedro.io import DataCatalog
     from kedro.pipeline import Pipeline
+    from mlflow.models.model import ModelInfo
 
     from .pipeline_model import KedroPipelineModel
 
@@ -150,6 +151,45 @@ def _model_of(pipeline: PipelineML, catalog: DataCatalog) -> KedroPipelineModel:
     )
 
 
+def modelify(
+    context: KedroContext,
+    run_params: dict[str, Any],
+    pipeline: Pipeline,
+    input_name: str,
+    copy_mode: str,
+    arguments: dict[str, Any],
+    options: Sequence[str],
+) -> ModelInfo:
+    """Log a pipeline as a model to a run of its own, with what the catalog has for it now.
+
+    Args:
+        context: The project's.
+        run_params: What Kedro would pass to hooks if the pipeline ran.
+        pipeline: The pipeline, or one of `pipeline_ml_factory`, whose inference is taken.
+        input_name: The input that is given for each prediction.
+        copy_mode: See `KedroPipelineModel`.
+        arguments: See `packing.log`.
+        options: What the command that repeats this has besides pipeline, environment and
+            parameters.
+    """
+    from . import packing
+    from .pipeline_model import KedroPipelineModel
+
+    catalog: DataCatalog = context.catalog  # type: ignore[assignment]
+    model = KedroPipelineModel(pipeline, catalog, input_name, copy_mode=copy_mode)
+    packing.check(model, catalog, _secrets(context), arguments)
+    track(context, run_params, model.pipeline, catalog, ("mlflow", "modelify"), options)
+    try:
+        run = run_of(catalog)
+        assert run, "a command of its own is always tracked"
+        info = packing.log(run, model, catalog, package_name(context), arguments)
+    except BaseException as error:
+        fail(catalog, error)
+        raise
+    end(catalog, "FINISHED")
+    return info
+
+
 def fail(catalog: DataCatalog, error: BaseException) -> None:
     """End the run of a catalog as FAILED, with the reason."""
     report(catalog, error)
@@ -206,11 +246,16 @@ def track(
     run_params: dict[str, Any],
     pipeline: Pipeline,
     catalog: DataCatalog,
+    command: Sequence[str] = ("run",),
+    options: Sequence[str] = (),
 ) -> None:
     """Open the run of a pipeline and bind it to the catalog and its Mlflow datasets.
 
+    Another `command` than `kedro run` is tracked also where tracking is disabled.
+
     Raises:
         ConfigError: When a parameter is too long and `long_params_strategy` is `fail`.
+        PipelineError: When a model can't be made of the pipeline's inference.
     """
     config: MlflowConfig = context.mlflow  # type: ignore[attr-defined]
     typed = set(_typed().get("pipelines") or ())
@@ -221,12 +266,10 @@ def track(
     server = config.server.connection
     # A dataset that can't be made fails here, before there is a run.
     datasets = {name: catalog.get(name) for name in pipeline.datasets()}
-    secrets = params.Secrets(
-        tuple(config.tracking.redact),
-        frozenset(params.secret_values(context._get_config_credentials())),
-    )
+    secrets = _secrets(context)
     run = None
-    if not set(names) <= set(config.tracking.disable_tracking.pipelines):
+    disabled = set(names) <= set(config.tracking.disable_tracking.pipelines)
+    if not disabled or command != ("run",):
         variables = read_credentials(context)
         register_header_provider(context)
         if isinstance(pipeline, PipelineML):
@@ -238,7 +281,7 @@ def track(
                 config.tracking,
                 name=secrets.hide_in(config.tracking.run.name or "+".join(names)),
                 params=logged,
-                tags={**_tags(context, run_params, secrets), **tags},
+                tags={**_tags(context, run_params, secrets, command, options), **tags},
                 variables=variables,
                 project_path=context.project_path,
             )
@@ -319,11 +362,24 @@ def _typed() -> dict[str, Any]:
     return command.params if command and command.info_name == "run" else {}
 
 
+def _secrets(context: KedroContext) -> params.Secrets:
+    config: MlflowConfig = context.mlflow  # type: ignore[attr-defined]
+    return params.Secrets(
+        tuple(config.tracking.redact),
+        frozenset(params.secret_values(context._get_config_credentials())),
+    )
+
+
 def _tags(
-    context: KedroContext, run_params: dict[str, Any], secrets: params.Secrets
+    context: KedroContext,
+    run_params: dict[str, Any],
+    secrets: params.Secrets,
+    command: Sequence[str],
+    options: Sequence[str],
 ) -> dict[str, str]:
-    options = provenance.command_options(_typed(), context.project_path)
+    options = [*provenance.command_options(_typed(), context.project_path), *options]
+    hidden = [secrets.hide_in(option) for option in options]
     return {
-        **provenance.run_tags(secrets.hide(run_params), [secrets.hide_in(o) for o in options]),
+        **provenance.run_tags(secrets.hide(run_params), hidden, command),
         **provenance.source_tags(context.project_path, package_name(context)),
     }

@@ -49,11 +49,11 @@ def check(
     catalog: DataCatalog,
     secrets: Secrets,
     arguments: Mapping[str, Any],
-    given: Iterable[str],
+    given: Iterable[str] = (),
 ) -> None:
     """See before anything runs whether a model can be logged when all has run.
 
-    Takes the arguments of `log_model`, and in `given` the datasets whose data is there before.
+    Takes the arguments of `log`, and in `given` the datasets whose data stays in memory.
 
     Raises:
         PipelineError: When it can't, naming the parameter, argument or dataset.
@@ -72,18 +72,19 @@ def check(
                 "its name matches out of tracking.redact in mlflow.yml."
             )
     dataset = catalog.get(model.input_name)
+    in_memory = dataset is None or (dataset._EPHEMERAL and model.input_name not in given)
+    for name in ("signature", "input_example"):
+        if arguments.get(name) == "auto" and in_memory:
+            raise PipelineError(
+                f"{model.input_name!r} is only in memory, so that the model's {name} can't be "
+                "taken from its data: give it an entry in catalog.yml, or give log_model_kwargs "
+                f"a {name}, which may be None."
+            )
     signature = arguments.get("signature")
-    if isinstance(signature, str):
-        if signature != "auto":
-            raise PipelineError(
-                f"signature: expected auto, a ModelSignature or None, got {signature!r}"
-            )
-        if dataset is None or (dataset._EPHEMERAL and model.input_name not in given):
-            raise PipelineError(
-                f"{model.input_name!r} is only in memory, so that the model's signature can't be "
-                "inferred from its data: give it an entry in catalog.yml, or give log_model_kwargs "
-                "a signature, which may be None."
-            )
+    if isinstance(signature, str) and signature != "auto":
+        raise PipelineError(
+            f"signature: expected auto, a ModelSignature or None, got {signature!r}"
+        )
 
 
 def log(
@@ -100,8 +101,8 @@ def log(
         model: The pipeline's model.
         catalog: Where the data of its input is, to infer the signature from.
         package: The project's package, which travels with the model.
-        arguments: Arguments of `mlflow.pyfunc.log_model`; `signature` may be `auto`, and there may
-            be a `registered_model_alias`.
+        arguments: Arguments of `mlflow.pyfunc.log_model`; `signature` and `input_example` may be
+            `auto`, and there may be a `registered_model_alias`.
     """
     arguments = dict(arguments)
     alias = arguments.pop("registered_model_alias", None)
@@ -110,6 +111,9 @@ def log(
         example = None
         if arguments.get("signature") == "auto":
             arguments["signature"], example = _infer(model, artifacts, catalog)
+        if arguments.get("input_example") == "auto":
+            rows = _first_rows(catalog.load(model.input_name)) if example is None else example
+            arguments["input_example"] = None if rows is None else rows[:1]
         code = [str(path) for path in _own_code(model, package)]
         arguments["code_paths"] = [*code, *(arguments.get("code_paths") or ())]
         save = partial(_save, package, example, python_model=model, artifacts=artifacts)

@@ -48,12 +48,14 @@ def runner_name(run_params: Mapping[str, Any]) -> str:
     return name.rpartition(".")[2] if name.startswith("kedro.runner.") else name
 
 
-def kedro_command(run_params: Mapping[str, Any], options: Sequence[str] = ()) -> str:
+def kedro_command(
+    run_params: Mapping[str, Any], options: Sequence[str] = (), command: Sequence[str] = ("run",)
+) -> str:
     """Write the `kedro run …` that repeats a run from the project's folder, for a POSIX shell.
 
-    `options` come after those of `run_params`.
+    `options` come after those of `run_params`. Instead of `run` there may be another command.
     """
-    words = ["kedro", "run"]
+    words = ["kedro", *command]
     if env := run_params.get("env"):
         words.append(f"--env={env}")
     if (names := pipeline_names(run_params)) != ["__default__"]:
@@ -127,13 +129,15 @@ def command_options(given: Mapping[str, Any], project_path: Path) -> list[str]:
     return options
 
 
-def run_tags(run_params: Mapping[str, Any], options: Sequence[str] = ()) -> dict[str, str]:
+def run_tags(
+    run_params: Mapping[str, Any], options: Sequence[str] = (), command: Sequence[str] = ("run",)
+) -> dict[str, str]:
     """Make one tag of each non-empty entry of Kedro's `run_params`, and the command."""
     tags = {key: _as_text(value) for key, value in run_params.items() if value}
     return {
         **tags,
         "runner": runner_name(run_params),
-        "kedro_command": kedro_command(run_params, options),
+        "kedro_command": kedro_command(run_params, options, command),
     }
 
 
