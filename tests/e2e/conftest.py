@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -42,6 +44,33 @@ def environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in out} | {
         "COLUMNS": "200"
     }
+
+
+@contextmanager
+def served(command: str, project: Path, port: int) -> Iterator[str]:
+    """Run `mlflow models serve … 5001` on another port; gives the address."""
+    server = subprocess.Popen(
+        command.replace("5001", str(port)).split(),
+        cwd=project,
+        env=environment() | {"PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    assert server.stdout
+    told = []
+    try:
+        for line in server.stdout:
+            told.append(line)
+            if "Uvicorn running on" in line:
+                break
+        else:
+            raise AssertionError("".join(told))
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        os.killpg(server.pid, signal.SIGINT)  # Ctrl-C
+        server.communicate(timeout=60)
 
 
 @pytest.fixture(scope="session")

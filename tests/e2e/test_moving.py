@@ -32,6 +32,10 @@ def to_kedro_mlflow(project: Path) -> None:
     )
     catalog.write_text(text)
     package = project / "src" / "penguins"
+    service = package / "pipelines" / "service" / "pipeline.py"
+    service.write_text(
+        service.read_text().replace("...runtime import", "kedro_mlflow.pipeline import")
+    )
     shutil.rmtree(package / "runtime")
     (package / "cli.py").unlink()
     (package / "settings.py").write_text(
@@ -41,6 +45,21 @@ def to_kedro_mlflow(project: Path) -> None:
 
 def without(catalog: str, entry: str) -> str:
     return re.sub(rf"^{entry}:\n(  .*\n)+", "", catalog, flags=re.MULTILINE)
+
+
+def keep_classifier_in_a_folder(catalog: Path) -> None:
+    """Change the catalog as kedro-mlflow needs it: it can't pack a model that is in a run."""
+    text = catalog.read_text()
+    (tracking,) = re.findall(r"^  type: (.*)\.MlflowModelTrackingDataset$", text, re.MULTILINE)
+    catalog.write_text(
+        without(text, "classifier")
+        + f"""
+classifier:
+  type: {tracking}.MlflowModelLocalFileSystemDataset
+  filepath: data/06_models/classifier
+  flavor: mlflow.sklearn
+"""
+    )
 
 
 def files(client: MlflowClient, run: Run, folder: str = "") -> set[str]:
@@ -85,6 +104,23 @@ def in_store(project: Path) -> list[dict[str, Any]]:
     )
 
 
+PREDICT = """
+import mlflow, pandas
+
+model = mlflow.pyfunc.load_model("models:/penguins-service/latest")
+measured = {"bill_length_mm": [39.1, 50.0], "flipper_length_mm": [181.0, 230.0]}
+table = pandas.DataFrame({**measured, "body_mass_g": [3750.0, 5700.0]})
+print(list(model.predict(table)["predicted"]))
+"""
+
+
+def prediction(project: Path, shell: Shell) -> str:
+    """Predict with the model that `pipeline_ml_factory` had logged."""
+    (project / "predict.py").write_text(PREDICT)
+    store = f"sqlite:///{project.as_posix()}/mlflow.db"
+    return shell(".venv/bin/python predict.py", project, MLFLOW_TRACKING_URI=store).splitlines()[-1]
+
+
 def test_the_example_logs_the_same_with_kedro_mlflow_and_with_the_runtime(
     clone: Path, tmp_path: Path, shell: Shell
 ) -> None:
@@ -107,10 +143,10 @@ def test_the_example_logs_the_same_with_kedro_mlflow_and_with_the_runtime(
     for project, plugin in ((ours, ""), (theirs, "kedro-mlflow==2.0.3")):
         shell("uv venv --quiet", project)
         shell(f"uv pip install --quiet --python .venv --editable . {plugin}", project)
-        shell(
-            ".venv/bin/kedro run && .venv/bin/kedro run --pipelines=inference",
-            project,
-            DO_NOT_TRACK="1",
-        )
+        for options in ("", "--pipelines=inference"):
+            shell(f".venv/bin/kedro run {options}", project, DO_NOT_TRACK="1")
+        keep_classifier_in_a_folder(project / "conf/base/catalog.yml")
+        shell(".venv/bin/kedro run --pipelines=service", project, DO_NOT_TRACK="1")
 
     assert in_store(ours) == in_store(theirs)
+    assert prediction(ours, shell) == prediction(theirs, shell) == "['Adelie', 'Gentoo']"

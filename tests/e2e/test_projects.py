@@ -14,7 +14,8 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from .conftest import Shell, commit_all, console_commands, environment, git
+from ..runtime.servers import free_port
+from .conftest import Shell, commit_all, console_commands, environment, git, served
 
 
 def main_runs(project: Path) -> list[Run]:
@@ -40,6 +41,7 @@ def test_the_example_is_tracked_from_raw_data_to_predictions(
     (run,) = main_runs(project)
     assert run.info.status == "FINISHED"
     assert run.data.params.keys() == {
+        "features",
         "learning_curve.shares",
         "random_state",
         "split.test_size",
@@ -121,8 +123,15 @@ def test_every_command_of_a_projects_readme_works(
     commands = console_commands((project / "README.md").read_text())
     assert "uv run kedro run" in commands
 
+    serve, ask = (command for command in commands if ":5001" in command or "=5001" in command)
     for command in commands:
-        if command == "uv run kedro mlflow ui":
+        if command == serve:
+            port = free_port()
+            with served(serve, project, port):
+                assert '"Adelie"' in shell(ask.replace("5001", str(port)), project)
+        elif command == ask:
+            continue  # asked while it was served
+        elif command == "uv run kedro mlflow ui":
             _look_at_the_pages(command, project)
         elif command == "uvx copier update":
             commit_all(project, "Lock")

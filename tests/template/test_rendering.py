@@ -58,6 +58,8 @@ src/penguin_study/pipelines/data_processing/pipeline.py
 src/penguin_study/pipelines/inference/__init__.py
 src/penguin_study/pipelines/inference/nodes.py
 src/penguin_study/pipelines/inference/pipeline.py
+src/penguin_study/pipelines/service/__init__.py
+src/penguin_study/pipelines/service/pipeline.py
 src/penguin_study/pipelines/training/__init__.py
 src/penguin_study/pipelines/training/nodes.py
 src/penguin_study/pipelines/training/pipeline.py

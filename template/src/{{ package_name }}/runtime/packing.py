@@ -26,6 +26,7 @@ from mlflow.models import (
 )
 from mlflow.pyfunc.model import PythonModelContext
 
+from .datasets.files import uncached
 from .pipeline_ml import PipelineError
 from .pipeline_model import KedroPipelineModel
 from .requirements import needed
@@ -71,7 +72,7 @@ def check(
                 "for everybody to read: have the node read it from the environment, or take what "
                 "its name matches out of tracking.redact in mlflow.yml."
             )
-    dataset = catalog.get(model.input_name)
+    dataset = uncached(catalog.get(model.input_name))
     in_memory = dataset is None or (dataset._EPHEMERAL and model.input_name not in given)
     for name in ("signature", "input_example"):
         if arguments.get(name) == "auto" and in_memory:
@@ -186,7 +187,7 @@ def _is_inferable(name: str, value: Any) -> bool:
 
 def _save(package: str, example: Any, *, path: str, mlflow_model: Model, **arguments: Any) -> None:
     """Save the model as MLflow does, but without traces of this machine."""
-    inferred = not (arguments.get("pip_requirements") or arguments.get("conda_env"))
+    inferred = arguments.get("pip_requirements") is None and arguments.get("conda_env") is None
     tried = inferred and example is not None and arguments.get("input_example") is None
     if tried:
         # MLflow finds what the model needs by trying it, imports inside of nodes included.

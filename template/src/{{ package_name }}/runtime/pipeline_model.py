@@ -14,7 +14,6 @@ import cloudpickle  # type: ignore[import-untyped] # comes with MLflow
 import kedro.runner
 from kedro.io import (
     AbstractDataset,
-    CachedDataset,
     DataCatalog,
     DatasetError,
     MemoryDataset,
@@ -25,7 +24,7 @@ from kedro.runner import AbstractRunner, ParallelRunner, SequentialRunner
 from mlflow.exceptions import MlflowException
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
-from .datasets.files import copy_files, load_copy
+from .datasets.files import copy_files, load_copy, uncached
 from .datasets.tracked import TrackedDataset
 from .pipeline_ml import PipelineError, PipelineML, check_inference, is_parameter
 
@@ -82,7 +81,7 @@ class KedroPipelineModel(PythonModel):
         self._datasets: dict[str, AbstractDataset[Any, Any]] = {}
         self._data: dict[str, Any] | None = None
         for name in sorted(self.pipeline.inputs() - {input_name}):
-            dataset = catalog.get(name)
+            dataset = uncached(catalog.get(name))
             if dataset is None and is_parameter(name):
                 raise PipelineError(f"The inference pipeline needs {name!r}, which isn't there.")
             if dataset is None or (dataset._EPHEMERAL and not is_parameter(name)):
@@ -215,8 +214,6 @@ class KedroPipelineModel(PythonModel):
 
 def _copy(dataset: AbstractDataset[Any, Any], folder: Path) -> Mapping[str, Any] | None:
     """Copy what a dataset would load; gives the dataset that loads the copy, None for a pickle."""
-    if isinstance(dataset, CachedDataset):
-        dataset = dataset._dataset
     if isinstance(dataset, TrackedDataset):
         source = dataset.copy_to(folder)
     else:

@@ -10,10 +10,15 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import fsspec  # type: ignore[import-untyped]
-from kedro.io import AbstractDataset, AbstractVersionedDataset, DatasetError
+from kedro.io import AbstractDataset, AbstractVersionedDataset, CachedDataset, DatasetError
 
 # Arguments with which datasets are told where their file or folder is.
 _PATH_ARGUMENTS = ("filepath", "path", "filename")
+
+
+def uncached(dataset: AbstractDataset[Any, Any] | None) -> AbstractDataset[Any, Any] | None:
+    """Give the dataset itself, or the one that it keeps a copy of in memory."""
+    return dataset._dataset if isinstance(dataset, CachedDataset) else dataset
 
 
 def has_file(dataset: AbstractDataset[Any, Any]) -> bool:
