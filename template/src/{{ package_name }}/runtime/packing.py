@@ -27,6 +27,7 @@ from mlflow.models import (
 from mlflow.pyfunc.model import PythonModelContext
 
 from .datasets.files import uncached
+from .datasets.models import REFUSED_IN_NAME
 from .pipeline_ml import PipelineError
 from .pipeline_model import KedroPipelineModel
 from .requirements import needed
@@ -65,6 +66,11 @@ def check(
             raise PipelineError(
                 f"log_model_kwargs: MLflow's pyfunc.log_model has no argument {name!r}"
             )
+    if refused := set(REFUSED_IN_NAME.findall(str(arguments.get("name")))):
+        raise PipelineError(
+            f"name: MLflow takes no {arguments['name']!r} as the name of a model, because of "
+            f"{' '.join(sorted(refused))}"
+        )
     for name, value in model.parameters.items():
         if secrets.hide(value, name) != value:
             raise PipelineError(

@@ -199,12 +199,10 @@ class MlflowArtifactDataset(TrackedDataset):
 
     def _at(self, path: Path) -> AbstractDataset[Any, Any]:
         """Make the wrapped dataset once more, with its file or folder at a local path."""
-        config = moved(self._config, path.as_posix())
-        made = AbstractDataset.from_config("dataset", config)
-        if isinstance(made, AbstractVersionedDataset):
-            made._version = None  # an artifact is the one version that was saved
-        getattr(made, "_dataset_config", {}).pop("version", None)  # that of partitions
-        return made
+        return AbstractDataset.from_config("dataset", self._config_at(path.as_posix()))
+
+    def _config_at(self, path: str) -> dict[str, Any]:
+        return _unversioned(moved(self._config, path))
 
     def copy_to(self, folder: Path) -> dict[str, Any] | None:
         """Copy what would be loaded to a local folder; gives the dataset that loads the copy."""
@@ -213,9 +211,7 @@ class MlflowArtifactDataset(TrackedDataset):
         if self.run_id is None:
             self._log_draft()
         fetched = self._fetch_from(self._resolve_run(), folder)
-        config = moved(self._config, fetched.relative_to(folder).as_posix())
-        config.pop("versioned", None)  # an artifact is the one version that was saved
-        return config
+        return self._config_at(fetched.relative_to(folder).as_posix())
 
     def _exists(self) -> bool:
         if not self._loads_from_run:
@@ -269,6 +265,14 @@ class MlflowArtifactDataset(TrackedDataset):
         self.__dict__.update(state)
         if "_dataset" not in state:
             self._make(self.__dict__.pop("version"))
+
+
+def _unversioned(config: dict[str, Any]) -> dict[str, Any]:
+    """Take the versions out of a dataset's configuration: an artifact is the one that was saved."""
+    single = {name: value for name, value in config.items() if name != "versioned"}
+    if isinstance(config.get("dataset"), dict):  # that of partitions
+        single["dataset"] = _unversioned(config["dataset"])
+    return single
 
 
 def log_file(

@@ -15,6 +15,9 @@ from kedro.io import AbstractDataset, AbstractVersionedDataset, CachedDataset, D
 # Arguments with which datasets are told where their file or folder is.
 _PATH_ARGUMENTS = ("filepath", "path", "filename")
 
+# Datasets that take this may have a query in their file: the data is in a database.
+_QUERY_ARGUMENT = "sql"
+
 
 def uncached(dataset: AbstractDataset[Any, Any] | None) -> AbstractDataset[Any, Any] | None:
     """Give the dataset itself, or the one that it keeps a copy of in memory."""
@@ -128,7 +131,7 @@ def copy_files(dataset: AbstractDataset[Any, Any], folder: Path) -> dict[str, An
         DatasetError: When there is nothing to load.
     """
     config = _config_of(dataset)
-    if not has_file(dataset) or _path_argument(config) is None:
+    if not has_file(dataset) or _path_argument(config) is None or _QUERY_ARGUMENT in config:
         return None
     name = PurePosixPath(location(dataset, None)[1]).name
     dataset.release()  # another process may have saved a later version

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mlflow.models.model import ModelInfo
 
 # Characters that MLflow refuses in the name of a logged model.
-_REFUSED_IN_NAME = re.compile(r"[/:.%\"']")
+REFUSED_IN_NAME = re.compile(r"[/:.%\"']")
 
 # What MLflow answers when a run, a model, a version or an alias isn't there.
 _ABSENT = ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND", "INVALID_PARAMETER_VALUE")
@@ -158,7 +158,7 @@ class MlflowModelTrackingDataset(TrackedDataset):
 
     def _model_name(self) -> str:
         given = self._save_args.get("name") or self._save_args.get("artifact_path")
-        return str(given or _REFUSED_IN_NAME.sub("_", self._name or "model"))
+        return str(given or REFUSED_IN_NAME.sub("_", self._name or "model"))
 
     def _exists(self) -> bool:
         if self._given_uri:
