@@ -1,1 +1,1 @@
-"""Measure tracked runs beside plain Kedro and beside kedro-mlflow: `nox -s bench`."""
+"""Measure tracked runs and predictions beside kedro-mlflow: `nox -s bench`."""

@@ -1,4 +1,4 @@
-"""What is measured: runs of a given size, and commands that track nothing."""
+"""What is measured: runs of a given size, commands that track nothing, and predictions."""
 
 from __future__ import annotations
 
@@ -53,6 +53,24 @@ class Command:
         return " ".join(("kedro", *self.words))
 
 
+@dataclass(frozen=True)
+class Prediction:
+    """A prediction by a pipeline that is a model.
+
+    Args:
+        name: As the tables show it.
+        nodes: Nodes of the inference pipeline, one after another.
+        parameters: Parameters, as many of them for each node.
+        artifact: What the last node gets from the training, of 10 MB: an array that is kept as a
+            pickle, or a list that is kept as JSON.
+    """
+
+    name: str
+    nodes: int
+    parameters: int = 0
+    artifact: Literal["array", "list"] | None = None
+
+
 CASES = (
     Case("one node, no parameters", limit=4),
     Case("ten nodes, no parameters", limit=4, nodes=10),
@@ -68,6 +86,14 @@ COMMANDS = (
     Command(("registry", "list")),
     Command(("catalog", "list-patterns")),
     Command(("catalog", "describe-datasets")),
+)
+
+PREDICTIONS = (
+    Prediction("prediction by one node", nodes=1),
+    Prediction("prediction by ten nodes", nodes=10),
+    Prediction("prediction by ten nodes, with 20 parameters", nodes=10, parameters=20),
+    Prediction("prediction by ten nodes, with an array of 10 MB", nodes=10, artifact="array"),
+    Prediction("prediction by ten nodes, with a list of 10 MB", nodes=10, artifact="list"),
 )
 
 # The project in which the commands run: a middling one.

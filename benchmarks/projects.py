@@ -14,11 +14,12 @@ import copier
 import yaml
 from copier.errors import DirtyLocalWarning
 
-from .cases import VARIANTS, Case, Variant
+from .cases import VARIANTS, Case, Prediction, Variant
 from .environments import process_variables
 
 REPOSITORY = Path(__file__).parents[1]
 PACKAGE = "measured"
+PIPELINE_FILE = f"src/{PACKAGE}/pipelines/first/pipeline.py"
 
 PLAIN_SETTINGS = '''"""Settings of a project that tracks nothing by itself."""
 
@@ -59,6 +60,65 @@ def create_pipeline():
         ]
     )
 '''
+
+INFERENCE = '''"""A training, and the inference pipeline of a case."""
+
+import numpy as np
+from kedro.pipeline import Node, Pipeline
+
+{factory}
+
+NODES, PARAMETERS, ARTIFACT = {sizes}
+
+# What makes 10 MB in a file.
+NUMBERS = {{"array": 1_250_000, "list": 500_000, None: 1}}[ARTIFACT]
+
+
+def train(rows):
+    numbers = np.arange(len(rows), NUMBERS + len(rows)) / 7
+    return numbers.tolist() if ARTIFACT == "list" else numbers
+
+
+def step(data, *parameters):
+    return np.asarray(data) + sum(parameters)
+
+
+def last_step(data, artifact, *parameters):
+    return np.asarray(data) + artifact[-1] + sum(parameters)
+
+
+def create_inference():
+    inputs = [["rows"], *([f"data_{{i}}"] for i in range(NODES - 1))]
+    outputs = [*(f"data_{{i}}" for i in range(NODES - 1)), "predicted"]
+    functions = [step] * NODES
+    if ARTIFACT:
+        functions[-1] = last_step
+        inputs[-1].append("artifact")
+    for i in range(PARAMETERS):
+        inputs[i % NODES].append(f"params:parameter_{{i}}")
+    return Pipeline(
+        [Node(functions[i], inputs[i], outputs[i], name=f"node_{{i}}") for i in range(NODES)]
+    )
+
+
+def create_pipeline():
+    training = Pipeline([Node(train, "rows", "artifact", name="train")])
+    return pipeline_ml_factory(training, create_inference(), input_name="rows")
+'''
+
+# With plain Kedro there is a training, and nothing is made of the inference pipeline.
+FACTORIES: Mapping[Variant, str] = {
+    "plain": "pipeline_ml_factory = lambda training, inference, input_name: training",
+    "peer": "from kedro_mlflow.pipeline import pipeline_ml_factory",
+    "ours": f"from {PACKAGE}.runtime import pipeline_ml_factory",
+}
+
+ARTIFACT_DATASETS = {
+    "array": {"type": "pickle.PickleDataset", "filepath": "data/06_models/artifact.pkl"},
+    "list": {"type": "json.JSONDataset", "filepath": "data/06_models/artifact.json"},
+}
+
+ROWS = "x,y,z\n1.5,2.5,3.5\n4.5,5.5,6.5\n7.5,8.5,9.5\n"
 
 
 @dataclass(frozen=True)
@@ -115,9 +175,9 @@ def generate(folder: Path) -> None:
 def make_projects(
     generated: Path,
     folder: Path,
-    case: Case,
+    case: Case | Prediction,
     environments: Mapping[Variant, Path],
-    server: str | None,
+    server: str | None = None,
 ) -> dict[Variant, Project]:
     """Make the three variants of the project of a case, on a server or on SQLite files."""
     projects = {}
@@ -126,7 +186,10 @@ def make_projects(
         tracking_uri = server or f"sqlite:///{(path / 'mlflow.db').as_posix()}"
         project = Project(variant, path, environments[variant], tracking_uri)
         shutil.copytree(generated, project.path)
-        _fill(project, case)
+        if isinstance(case, Case):
+            _fill(project, case)
+        else:
+            _fill_for_prediction(project, case)
         if variant != "ours":
             _take_runtime_out(project)
         if variant != "plain":
@@ -136,15 +199,25 @@ def make_projects(
 
 
 def _fill(project: Project, case: Case) -> None:
-    sizes = astuple(case)[3:]
-    package = f"src/{PACKAGE}"
-    project.write(f"{package}/pipelines/first/pipeline.py", PIPELINE.format(sizes=sizes))
+    project.write(PIPELINE_FILE, PIPELINE.format(sizes=astuple(case)[3:]))
     project.write_yaml("conf/base/catalog.yml", _catalog(project.variant, case))
     parameters: dict[str, Any] = {
         f"node_{i}_{j}": i + j / 100 for i in range(case.nodes) for j in range(case.parameters)
     }
     if case.leaves:
         parameters["tree"] = _tree(case.leaves)
+    project.write_yaml("conf/base/parameters.yml", parameters)
+
+
+def _fill_for_prediction(project: Project, case: Prediction) -> None:
+    factory, sizes = FACTORIES[project.variant], astuple(case)[1:]
+    project.write(PIPELINE_FILE, INFERENCE.format(factory=factory, sizes=sizes))
+    project.write("data/01_raw/rows.csv", ROWS)
+    catalog = {"rows": {"type": "pandas.CSVDataset", "filepath": "data/01_raw/rows.csv"}}
+    if case.artifact:
+        catalog["artifact"] = ARTIFACT_DATASETS[case.artifact]
+    project.write_yaml("conf/base/catalog.yml", catalog)
+    parameters = {f"parameter_{i}": i / 100 for i in range(case.parameters)}
     project.write_yaml("conf/base/parameters.yml", parameters)
 
 
@@ -157,13 +230,13 @@ def _take_runtime_out(project: Project) -> None:
     project.write(f"src/{PACKAGE}/settings.py", PLAIN_SETTINGS)
 
 
-def _mlflow_yml(project: Project, case: Case) -> dict[str, Any]:
+def _mlflow_yml(project: Project, case: Case | Prediction) -> dict[str, Any]:
     """Give the same configuration to kedro-mlflow and to the runtime."""
     return {
         "server": {"mlflow_tracking_uri": project.tracking_uri},
         "tracking": {
             "experiment": {"name": project.experiment},
-            "params": {"dict_params": {"flatten": bool(case.leaves)}},
+            "params": {"dict_params": {"flatten": isinstance(case, Case) and case.leaves > 0}},
         },
     }
 

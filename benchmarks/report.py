@@ -11,6 +11,7 @@ from importlib.metadata import version
 from .cases import Case, Command
 from .environments import PEER, PEER_VERSION
 from .measure import Measured
+from .predictions import CALLS, MeasuredPrediction
 
 RUNS_HEADER = (
     "run",
@@ -37,12 +38,23 @@ COMMANDS_HEADER = (
     "ours ÷ plain",
     "goal",
 )
+PREDICTIONS_HEADER = (
+    "prediction",
+    "call",
+    "functions, µs",
+    "peer, µs above",
+    "ours, µs above",
+    "ours ÷ peer",
+)
+
+MEASURED_ON = """\
+Measured on {date} with Python {python}, Kedro {kedro}, MLflow {mlflow} and {peer} {peer_version}
+on {cores} cores; medians of {repetitions} repetitions."""
 
 PAGE = """\
 # What tracking costs
 
-Measured on {date} with Python {python}, Kedro {kedro}, MLflow {mlflow} and {peer} {peer_version}
-on {cores} cores; medians of {repetitions} repetitions.
+{measured_on}
 
 {tables}
 
@@ -65,21 +77,49 @@ the template's runtime. Plain Kedro and ours share an environment; the peer has 
 
 A run that fails, or doesn't leave in the store what it should, gives no figures.
 
+{predictions}
+
 ## Repeat it
 
 ```console
 nox -s bench
 ```
 
-writes this page anew. `nox -s bench -- --only PATTERN` measures the runs and commands whose name
-matches PATTERN, `--store sqlite` or `--store http` one of the stores, `--repetitions N` repeats
-less or more often; what is measured in part is only printed. Times hold for one machine and compare
-within one page; the numbers of requests are the same everywhere, and `nox -s bench` fails when one
-is above its limit.
+writes this page anew. `nox -s bench -- --only PATTERN` measures the runs, commands and predictions
+whose name matches PATTERN, `--store sqlite` or `--store http` one of the stores, `--repetitions N`
+repeats less or more often; what is measured in part is only printed. Times hold for one machine and
+compare within one page; the numbers of requests are the same everywhere, and `nox -s bench` fails
+when one is above its limit.
+"""
+
+PREDICTIONS = """\
+## What predicting costs
+
+{measured_on}
+
+{table}
+
+The inference pipeline is tied to its training by `pipeline_ml_factory`, {peer}'s or the template's,
+and `kedro run` logs it as a model. `mlflow.pyfunc.load_model` loads the model in a new process for
+each repetition; the variants take turns. There it predicts from a table of three rows, again and
+again until 0.2 seconds are over. The figures are the microseconds of one call.
+
+- **functions**: calling the functions of the pipeline's nodes one after another on loaded data,
+  without Kedro and MLflow. Each does next to nothing, so that what comes on top of it shows.
+- **call**: `python model` is `model.unwrap_python_model().predict(None, data)`, the code of the
+  peer or ours alone; `pyfunc` is `model.predict(data)`, in which MLflow first checks the data
+  against the signature, and hands on the defaults of the parameters.
+- **peer, ours**: the microseconds above those of the functions.
+- **ours ÷ peer**: our microseconds above the functions, as a part of the peer's.
+
+Logging is as Kedro and MLflow set it up, with the output in a file; much of the peer's cost is
+that with it Kedro tells of each node and of each dataset that is loaded or saved. `no logging` is
+the same after `logging.disable()`. The peer also copies the loaded datasets for each call. A
+variant that predicts another value than the functions gives no figures.
 """
 
 
-def tables(results: Sequence[Measured]) -> str:
+def tables(results: Sequence[Measured], predictions: Sequence[MeasuredPrediction]) -> str:
     """Show what was measured."""
     runs = [
         (
@@ -107,14 +147,45 @@ def tables(results: Sequence[Measured]) -> str:
         for result in results
         if isinstance(result.what, Command)
     ]
+    predicted = [
+        (
+            prediction.what.name,
+            call,
+            _microseconds(prediction.direct()),
+            _microseconds(prediction.overhead("peer", call)),
+            _microseconds(prediction.overhead("ours", call)),
+            "" if (ratio := prediction.overhead_ratio(call)) is None else f"{ratio:.4f}",
+        )
+        for prediction in predictions
+        for call in CALLS
+    ]
     parts: list[tuple[Sequence[str], Sequence[Sequence[str]]]]
-    parts = [(RUNS_HEADER, runs), (COMMANDS_HEADER, commands)]
+    parts = [(RUNS_HEADER, runs), (COMMANDS_HEADER, commands), (PREDICTIONS_HEADER, predicted)]
     return "\n\n".join(_table(header, rows) for header, rows in parts if rows)
 
 
-def page(results: Sequence[Measured], repetitions: int) -> str:
+def page(
+    results: Sequence[Measured], predictions: Sequence[MeasuredPrediction], repetitions: int
+) -> str:
     """Write the whole page."""
     return PAGE.format(
+        measured_on=_measured_on(repetitions),
+        peer=PEER,
+        tables=tables(results, []),
+        predictions=predictions_section(predictions, repetitions),
+    )
+
+
+def predictions_section(predictions: Sequence[MeasuredPrediction], repetitions: int) -> str:
+    """Write the page's section on predictions, which says itself when it was measured."""
+    section = PREDICTIONS.format(
+        measured_on=_measured_on(repetitions), peer=PEER, table=tables([], predictions)
+    )
+    return section.rstrip()
+
+
+def _measured_on(repetitions: int) -> str:
+    return MEASURED_ON.format(
         date=date.today().isoformat(),
         python=platform.python_version(),
         kedro=version("kedro"),
@@ -123,7 +194,6 @@ def page(results: Sequence[Measured], repetitions: int) -> str:
         peer_version=PEER_VERSION,
         cores=_cores(),
         repetitions=repetitions,
-        tables=tables(results),
     )
 
 
@@ -147,6 +217,10 @@ def _seconds(result: Measured) -> tuple[str, str, str]:
 
 def _number(value: float | None, otherwise: str = "") -> str:
     return otherwise if value is None else f"{value:.2f}"
+
+
+def _microseconds(seconds: float | None) -> str:
+    return "failed" if seconds is None else f"{seconds * 1e6:,.0f}"
 
 
 def _cores() -> int:
