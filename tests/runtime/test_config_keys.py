@@ -355,6 +355,10 @@ def autologged(scene: Scene) -> bool:
         mlflow.autolog(disable=True)
 
 
+def fit_is_logged(scene: Scene) -> bool:
+    return "fit_intercept" in scene.new_run("fit").data.params
+
+
 def name_of_the_experiment(scene: Scene) -> str:
     run = scene.new_run("work")
     name: str = scene.project.client.get_experiment(run.info.experiment_id).name
@@ -717,6 +721,18 @@ ROWS = [
         first=Set("[written]", ["outputs/written"]),
         second=Set('["wr*", nothing]', ["outputs/written"]),
         wrong=NO_LIST,
+    ),
+    Row(
+        "tracking.autolog",
+        fit_is_logged,
+        default=False,
+        first=Set("{sklearn: {log_models: false}}", True),
+        second=Set("{sklearn: false}", False),
+        wrong=[
+            ("sklearn", ": expected keys with values, got 'sklearn'"),
+            ("{sklearn: 3}", ".sklearn: expected true, false or options, got 3"),
+            ("{sklern: true}", ".sklern: MLflow has no flavor 'sklern', did you mean 'sklearn'?"),
+        ],
     ),
     Row(
         "tracking.redact",

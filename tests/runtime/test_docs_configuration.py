@@ -374,9 +374,7 @@ def newest(project: Project, before: set[str]) -> Run:
 
 
 @describes("What is not tracked")
-def test_a_disabled_pipeline_makes_no_run_and_autologging_is_kept_when_wanted(
-    section: Section,
-) -> None:
+def test_a_disabled_pipeline_makes_no_run(section: Section) -> None:
     project = section.project
     project.pipeline(FIT, "etl")
     project.catalog(
@@ -398,13 +396,28 @@ def test_a_disabled_pipeline_makes_no_run_and_autologging_is_kept_when_wanted(
     assert [file.path for file in project.client.list_artifacts(run.info.run_id)] == ["slope.json"]
     assert "fit_intercept" not in run.data.params
 
+
+@describes("What libraries log by themselves")
+def test_libraries_log_what_they_fit_when_it_is_wanted(section: Section) -> None:
+    project = section.project
+    project.pipeline(FIT, "fitting")
     section.write()
+    project.run(pipeline_names=["fitting"])
+    first = project.only_run()
+    assert first.data.params["fit_intercept"] == "True"
+    assert project.client.search_logged_models([first.info.experiment_id]) == []
+
+    section.write()
+    project.run(pipeline_names=["fitting"])
+    second = newest(project, {first.info.run_id})
+    assert "fit_intercept" not in second.data.params
     mlflow.autolog(log_models=False)
     try:
-        project.run(pipeline_names=["etl"])
+        project.run(pipeline_names=["fitting"])
     finally:
         mlflow.autolog(disable=True)
-    assert "fit_intercept" in newest(project, {run.info.run_id}).data.params
+    third = newest(project, {first.info.run_id, second.info.run_id})
+    assert "fit_intercept" in third.data.params
 
 
 FIT = """

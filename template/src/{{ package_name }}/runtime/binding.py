@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from kedro.framework import project
 
-from . import credentials, endings, outputs, params, provenance, tracking
+from . import autologging, credentials, endings, outputs, params, provenance, tracking
 from .config import MlflowConfig, RequestHeaderProviderOptions
 from .datasets.tracked import TrackedDataset
 from .loading import (
@@ -53,6 +53,7 @@ class Binding:
     header_provider: RequestHeaderProviderOptions
     secrets: params.Secrets
     outputs: tuple[str, ...]  # names and patterns of the outputs to log as artifacts
+    autolog: autologging.Flavors
     main_process: int
     managers: tuple[int, ...]
 
@@ -73,6 +74,8 @@ def _arrive(*values: Any) -> Binding:
         project.settings.configure(f"{binding.package_name}.settings")
     if not binding.header_provider.pass_context:  # there is no context in a worker
         credentials.register_header_provider(binding.header_provider, None)
+    if os.getpid() != binding.main_process:
+        autologging.switch_on_in_worker(binding.autolog)
     endings.follow_parent(binding.main_process, binding.managers)
     return binding
 
@@ -288,6 +291,11 @@ def track(
         except SettingError as error:
             raise mistake(context, error.key, str(error)) from error
         server = run.server
+        if config.tracking.autolog and provenance.runner_name(run_params) == "ThreadRunner":
+            logger.warning(
+                "MLflow's autologging follows one fit at a time in a process: of fits that overlap "
+                "in threads it may lose values. ParallelRunner keeps them all."
+            )
     else:
         # Its datasets may still load models or artifacts from the server.
         try:
@@ -303,6 +311,7 @@ def track(
         config.server.request_header_provider,
         secrets,
         tuple(config.tracking.artifacts.datasets),
+        config.tracking.autolog if run else {},
         os.getpid(),
         tuple(endings.managers()),
     )

@@ -18,6 +18,7 @@ from pydantic import (
     PrivateAttr,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 if TYPE_CHECKING:
     from kedro.framework.context import KedroContext
@@ -35,6 +36,13 @@ def _as_text(value: Any) -> Any:
 def _as_number(value: Any) -> Any:
     """Take a number that is written as a text for one."""
     return int(value) if isinstance(value, str) and value.isdecimal() else value
+
+
+def _as_switch(value: Any) -> Any:
+    """Tell in one sentence what a switch with options may be."""
+    if not isinstance(value, bool | dict):
+        raise PydanticCustomError("switch", "expected true, false or options")
+    return value
 
 
 Text = Annotated[str, BeforeValidator(_as_text)]
@@ -195,6 +203,11 @@ class TrackingOptions(_Options):
     run: RunOptions = RunOptions()
     params: ParamsOptions = ParamsOptions()
     artifacts: ArtifactsOptions = ArtifactsOptions()
+    autolog: dict[str, Annotated[bool | dict[str, Any], BeforeValidator(_as_switch)]] = Field(
+        default_factory=dict,
+        description="Libraries that MLflow logs by itself, with options: {sklearn: {log_models: "
+        "false}}.",
+    )
     redact: list[str] = Field(
         default_factory=lambda: [
             "*password",

@@ -21,7 +21,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, NamedTuple
 from uuid import uuid4
 
-from . import credentials, endings
+from . import autologging, credentials, endings
 from .loading import ConfigError, anchor_uri, shown_uri, uri_of_environment
 from .server import Server, SettingError, experiment_id, prepare
 
@@ -210,6 +210,7 @@ class RunHandle:
         self.leave("pipeline", status)
         if not _started:
             endings.forget_signals()
+            autologging.switch_off()
         try:
             with ExitStack() as calls:
                 for call in _outbox(self).before_end.values():
@@ -440,6 +441,7 @@ def start(
         exported["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
     credentials.export(opening, exported)
     try:
+        autologging.switch_on(options.autolog)
         handle, tags = _open(
             _server_of_environment(server, project_path) if given else server,
             options,
@@ -450,6 +452,8 @@ def start(
         handle = replace(handle, opening=opening)
     except BaseException:
         credentials.take_back(opening)
+        if not _started:
+            autologging.switch_off()
         raise
     _started[_key(handle)] = _Started(handle, markers, threading.get_ident(), _caller())
     try:

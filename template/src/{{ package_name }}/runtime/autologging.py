@@ -1,0 +1,114 @@
+"""What MLflow logs of other libraries by itself, switched on while runs are in progress."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import threading
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from functools import lru_cache
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import Any
+
+from .server import SettingError
+
+# As in `tracking.autolog` of mlflow.yml: what is on, or the options of each flavor.
+Flavors = Mapping[str, bool | Mapping[str, Any]]
+
+_switching = threading.Lock()
+_switched_on: dict[str, _Flavor] = {}
+
+
+@dataclass(frozen=True)
+class _Flavor:
+    """A flavor that is on: with which options, and how it was before, as MLflow keeps that."""
+
+    autolog: Any
+    options: Mapping[str, Any]
+    before: Mapping[str, Any]
+
+    def switch_off(self) -> None:
+        from mlflow.utils.autologging_utils import AUTOLOGGING_INTEGRATIONS
+
+        if self.before.get("disable", True):
+            self.autolog(disable=True)
+        else:  # the user has switched it on
+            taken = inspect.signature(self.autolog).parameters
+            self.autolog(**{name: self.before[name] for name in taken})
+        # Of what has been switched on or off by itself `mlflow.autolog()` keeps away.
+        AUTOLOGGING_INTEGRATIONS[self.autolog.integration_name] = dict(self.before)
+
+
+def switch_on(flavors: Flavors) -> None:
+    """Call `mlflow.<flavor>.autolog(…)` for each flavor that is not on yet with these options.
+
+    Raises:
+        SettingError: When there is no such flavor or option, or its library isn't installed.
+    """
+    with _switching:
+        for name, given in flavors.items():
+            options = {} if isinstance(given, bool) else dict(given)
+            now = _switched_on.get(name)
+            # Not once more for each of several runs: it exchanges methods that others may be in.
+            if given is not False and (now is None or now.options != options):
+                flavor = _call_autolog(name, options)
+                _switched_on[name] = replace(flavor, before=now.before) if now else flavor
+
+
+def switch_on_in_worker(flavors: Flavors) -> None:
+    """Switch autologging on in a worker of a run, where fork may have switched it on already."""
+    if flavors:
+        _renew_threads(os.getpid())
+        switch_on(flavors)
+
+
+@lru_cache
+def _renew_threads(pid: int) -> None:  # noqa: ARG001
+    """Give MLflow threads of this process, once in it.
+
+    Autologging hands its requests to pools of threads. Those that the process had which this one
+    was forked from don't exist here, and a fit would wait for them for ever.
+    """
+    from mlflow.utils.autologging_utils import client, metrics_queue
+
+    for module, name in (
+        (client, "_AUTOLOGGING_QUEUEING_CLIENT_THREAD_POOL"),
+        (metrics_queue, "_thread_pool"),
+    ):
+        pool: ThreadPoolExecutor = getattr(module, name)
+        setattr(module, name, ThreadPoolExecutor(pool._max_workers))
+
+
+def switch_off() -> None:
+    """Take back what `switch_on` did, when no run is in progress any more."""
+    with _switching:
+        while _switched_on:
+            _switched_on.popitem()[1].switch_off()
+
+
+def _call_autolog(name: str, options: Mapping[str, Any]) -> _Flavor:
+    import mlflow
+    from mlflow.utils.autologging_utils import AUTOLOGGING_INTEGRATIONS
+
+    key = ("tracking", "autolog", name)
+    known = [module.name for module in iter_modules(mlflow.__path__)]
+    if name not in known:
+        (close, *_) = [*get_close_matches(name, known, n=1), "sklearn"]
+        raise SettingError(key, f"MLflow has no flavor {name!r}, did you mean {close!r}?")
+    try:
+        autolog: Any = getattr(import_module(f"mlflow.{name}"), "autolog", None)
+        if autolog is None:
+            raise SettingError(key, f"MLflow's flavor {name!r} has no autologging")
+        taken = inspect.signature(autolog).parameters
+        if wrong := [option for option in options if option not in taken]:
+            what = f"unknown option {wrong[0]!r}, expected one of {', '.join(taken)}"
+            raise SettingError(key, what)
+        before = dict(AUTOLOGGING_INTEGRATIONS.get(autolog.integration_name, {}))
+        autolog(**options)
+    except ImportError as error:
+        raise SettingError(key, f"its library can't be imported: {error}") from error
+    return _Flavor(autolog, options, before)
