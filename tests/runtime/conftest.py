@@ -11,6 +11,7 @@ import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,8 @@ class Project:
         """Run in this process, as `kedro run` does."""
         bootstrap_project(self.path)
         with KedroSession.create(project_path=self.path, env=env, runtime_params=params) as session:
+            if "pipeline_names" not in signature(session.run).parameters:  # Kedro before 1.2
+                (how["pipeline_name"],) = how.pop("pipeline_names", [None])
             return session.run(**how)
 
     def kedro(self, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
