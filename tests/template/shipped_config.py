@@ -14,9 +14,20 @@ def files() -> dict[Path, str]:
     """Give what the files have to hold."""
     answers = {
         "server.mlflow_tracking_uri": (
-            "{{ tracking_uri if tracking_backend == 'server' else 'null' }}"
+            "{{ {'sqlite': 'null', 'server': tracking_uri, 'databricks': 'databricks'}"
+            "[tracking_backend] }}"
         ),
-        "tracking.experiment.name": '"{{ package_name }}"',
+        "server.mlflow_registry_uri": (
+            "{{ 'databricks-uc' if tracking_backend == 'databricks' else 'null' }}"
+        ),
+        # On Databricks an experiment is found in the workspace, by its whole path.
+        "tracking.experiment.name": (
+            "\"{{ '/Shared/' if tracking_backend == 'databricks' }}{{ package_name }}\""
+        ),
+        "tracking.experiment.create_experiment_kwargs.artifact_location": (
+            "{{ 'null' if tracking_backend == 'databricks' or artifact_store == 'local' "
+            "else artifact_location | to_json }}"
+        ),
     }
     return {
         BASE / "mlflow.yml.jinja": commented_yaml(answers),
