@@ -78,3 +78,14 @@ def ruff(folder: Path, *arguments: str) -> str:
         encoding="utf-8",
     )
     return done.stdout + done.stderr
+
+
+def complaints(folder: Path, tool: str, *arguments: str) -> str:
+    """Run a linter that came with the tests' packages; the empty text when it finds nothing."""
+    done = subprocess.run(
+        [str(Path(sys.executable).parent / tool), *arguments],
+        cwd=folder,
+        capture_output=True,
+        encoding="utf-8",
+    )
+    return done.stdout + done.stderr if done.returncode else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import yaml
+from kedro.config import OmegaConfigLoader
 
 from runtime.config import MlflowConfig
 
@@ -20,24 +22,80 @@ from . import shipped_config
 from .conftest import read_toml
 
 SERVER = "https://mlflow.example.org"
+S3 = "s3://runs/penguins"
+AZURE = "wasbs://runs@penguins.blob.core.windows.net"
+
+LOCATION = "tracking.experiment.create_experiment_kwargs.artifact_location"
+NAME = "tracking.experiment.name"
+
+
+class Case(NamedTuple):
+    """Answers, and the values that stand in mlflow.yml for them instead of the defaults."""
+
+    answers: dict[str, object]
+    written: dict[str, str]
+
+
+CASES = {
+    "sqlite": Case({}, {NAME: "penguin_study"}),
+    "server": Case(
+        {"tracking_backend": "server", "tracking_uri": SERVER},
+        {"server.mlflow_tracking_uri": SERVER, NAME: "penguin_study"},
+    ),
+    "databricks": Case(
+        # Databricks keeps the files itself.
+        {"tracking_backend": "databricks", "artifact_store": "s3", "artifact_location": S3},
+        {
+            "server.mlflow_tracking_uri": "databricks",
+            "server.mlflow_registry_uri": "databricks-uc",
+            NAME: "/Shared/penguin_study",
+        },
+    ),
+    "s3": Case(
+        {"artifact_store": "s3", "artifact_location": S3}, {LOCATION: S3, NAME: "penguin_study"}
+    ),
+    "gcs": Case(
+        {"artifact_store": "gcs"},
+        {LOCATION: "gs://change-me/penguin_study", NAME: "penguin_study"},
+    ),
+    "azure": Case(
+        {
+            "tracking_backend": "server",
+            "tracking_uri": SERVER,
+            "artifact_store": "azure",
+            "artifact_location": AZURE,
+        },
+        {"server.mlflow_tracking_uri": SERVER, LOCATION: AZURE, NAME: "penguin_study"},
+    ),
+}
 
 
 class Project(NamedTuple):
     folder: Path
-    tracking_uri: str | None
+    written: dict[str, str]
 
 
-@pytest.fixture(scope="module", params=["sqlite", "server"])
+@pytest.fixture(scope="module", params=CASES.values(), ids=list(CASES))
 def project(
     request: pytest.FixtureRequest, generate: Generate, tmp_path_factory: pytest.TempPathFactory
 ) -> Project:
-    backend: str = request.param
-    answers = {"tracking_backend": backend}
-    if backend == "server":
-        answers["tracking_uri"] = SERVER
+    case: Case = request.param
     folder = tmp_path_factory.mktemp("configuration") / "penguin-study"
-    generate(folder, example=False, **answers)
-    return Project(folder, SERVER if backend == "server" else None)
+    generate(folder, example=False, docker=True, **case.answers)
+    return Project(folder, case.written)
+
+
+def merged(project: Project, environment: str) -> MlflowConfig:
+    """Read mlflow.yml of an environment as Kedro does, with the settings of the project."""
+    loader = OmegaConfigLoader(
+        str(project.folder / "conf"),
+        env=environment,
+        base_env="base",
+        default_run_env="local",
+        config_patterns={"mlflow": ["mlflow*.y*ml", "**/mlflow*.y*ml"]},
+        merge_strategy={"mlflow": "soft"},
+    )
+    return MlflowConfig.model_validate(loader["mlflow"])
 
 
 def mlflow_yml(project: Project) -> str:
@@ -51,8 +109,12 @@ def test_the_shipped_files_are_those_that_the_models_make(file: Path) -> None:
 
 def test_mlflow_yml_holds_every_key_with_its_default(project: Project) -> None:
     defaults = MlflowConfig().model_dump()
-    defaults["server"]["mlflow_tracking_uri"] = project.tracking_uri
-    defaults["tracking"]["experiment"]["name"] = "penguin_study"
+    for key, value in project.written.items():
+        *groups, name = key.split(".")
+        group = defaults
+        for step in groups:
+            group = group[step]
+        group[name] = value
 
     written = yaml.safe_load(mlflow_yml(project))
 
@@ -64,17 +126,45 @@ def test_mlflow_yml_holds_every_key_with_its_default(project: Project) -> None:
 def test_the_runtime_takes_mlflow_yml(project: Project) -> None:
     config = MlflowConfig.model_validate(yaml.safe_load(mlflow_yml(project)))
 
-    assert config.server.mlflow_tracking_uri == project.tracking_uri
-    assert config.tracking.experiment.name == "penguin_study"
+    assert config.server.mlflow_tracking_uri == project.written.get("server.mlflow_tracking_uri")
+    assert config.tracking.experiment.name == project.written[NAME]
 
 
-@pytest.mark.parametrize("environment", ["prod", "test"])
-def test_the_runtime_takes_the_mlflow_yml_of_other_environments(
-    project: Project, environment: str
+def test_production_runs_are_kept_where_the_others_are_in_an_experiment_of_their_own(
+    project: Project,
 ) -> None:
-    path = project.folder / "conf" / environment / "mlflow.yml"
+    config, development = merged(project, "prod"), merged(project, "local")
 
-    assert MlflowConfig.model_validate(yaml.safe_load(path.read_text("utf-8")))
+    assert config.server == development.server
+    assert config.tracking.experiment.name == f"{development.tracking.experiment.name}-prod"
+    assert (
+        config.tracking.experiment.create_experiment_kwargs
+        == development.tracking.experiment.create_experiment_kwargs
+    )
+
+
+def test_the_tests_of_a_project_use_no_server_no_secrets_and_no_store(
+    project: Project, tmp_path: Path
+) -> None:
+    shutil.copytree(project.folder / "conf", tmp_path / "conf")
+    base = tmp_path / "conf/base/mlflow.yml"
+    base.write_text(mlflow_yml(project).replace("credentials: null", "credentials: mine"), "utf-8")
+    assert merged(Project(tmp_path, project.written), "local").server.credentials == "mine"
+
+    config = merged(Project(tmp_path, project.written), "test")
+
+    assert config.server == MlflowConfig().server
+    assert config.tracking == MlflowConfig().tracking
+
+
+def test_the_services_of_compose_have_runs_models_and_files(project: Project) -> None:
+    config = merged(project, "docker")
+
+    assert config.server.mlflow_tracking_uri == "http://127.0.0.1:5000"
+    assert config.server.mlflow_registry_uri is None
+    assert config.server.credentials is None
+    assert config.tracking.experiment.name == "penguin_study"
+    assert config.tracking.experiment.create_experiment_kwargs.artifact_location is None
 
 
 def values(node: yaml.MappingNode) -> Iterator[yaml.Node]:

@@ -73,6 +73,20 @@ src/penguin_study/pipelines/first/pipeline.py
 tests/pipelines/.gitkeep
 """.split()
 
+WITH_DOCKER = """
+.dockerignore
+.env.example
+Dockerfile
+compose.yml
+conf/docker/mlflow.yml
+""".split()
+
+WITH_CI = {
+    "github": [".github/workflows/ci.yml"],
+    "gitlab": [".gitlab-ci.yml"],
+    "none": [],
+}
+
 RUNTIME = "src/penguin_study/runtime/"
 
 LICENCES = {
@@ -85,19 +99,30 @@ LICENCES = {
 class Answers(NamedTuple):
     example: bool
     tracking_backend: str
+    artifact_store: str
     licence: str
+    docker: bool
+    ci: str
 
 
-# Every pair of answers stands in one of these.
+# Every pair of answers stands in one of these; that Databricks has no other store, too.
 COMBINATIONS = [
-    Answers(True, "sqlite", "none"),
-    Answers(True, "server", "MIT"),
-    Answers(True, "sqlite", "BSD-3-Clause"),
-    Answers(True, "server", "Apache-2.0"),
-    Answers(False, "server", "none"),
-    Answers(False, "sqlite", "MIT"),
-    Answers(False, "server", "BSD-3-Clause"),
-    Answers(False, "sqlite", "Apache-2.0"),
+    Answers(True, "sqlite", "local", "none", False, "github"),
+    Answers(False, "server", "s3", "none", True, "none"),
+    Answers(False, "databricks", "gcs", "none", False, "none"),
+    Answers(True, "server", "azure", "none", True, "gitlab"),
+    Answers(False, "server", "local", "MIT", False, "gitlab"),
+    Answers(True, "sqlite", "s3", "MIT", True, "none"),
+    Answers(True, "server", "gcs", "MIT", False, "none"),
+    Answers(False, "databricks", "azure", "MIT", True, "github"),
+    Answers(True, "databricks", "local", "BSD-3-Clause", True, "none"),
+    Answers(False, "server", "s3", "BSD-3-Clause", False, "github"),
+    Answers(False, "sqlite", "gcs", "BSD-3-Clause", True, "gitlab"),
+    Answers(True, "server", "azure", "BSD-3-Clause", False, "none"),
+    Answers(False, "server", "local", "Apache-2.0", True, "none"),
+    Answers(True, "databricks", "s3", "Apache-2.0", False, "gitlab"),
+    Answers(True, "server", "gcs", "Apache-2.0", True, "github"),
+    Answers(False, "sqlite", "azure", "Apache-2.0", False, "none"),
 ]
 
 
@@ -107,8 +132,7 @@ class Project(NamedTuple):
 
 
 def in_words(answers: Answers) -> str:
-    example = "with example" if answers.example else "without example"
-    return f"{example}, {answers.tracking_backend}, licence {answers.licence}"
+    return ", ".join(f"{question}={answer}" for question, answer in answers._asdict().items())
 
 
 @pytest.fixture(scope="module", params=COMBINATIONS, ids=in_words)
@@ -124,9 +148,7 @@ def project(
 def test_every_pair_of_answers_is_rendered(template: Path) -> None:
     questions = yaml.safe_load((template / "copier.yml").read_text(encoding="utf-8"))
     values = {
-        "example": {True, False},
-        "tracking_backend": set(questions["tracking_backend"]["choices"].values()),
-        "licence": set(questions["licence"]["choices"].values()),
+        question: set(questions[question]["choices"].values()) for question in Answers._fields
     }
 
     for one, other in itertools.combinations(Answers._fields, 2):
@@ -136,6 +158,8 @@ def test_every_pair_of_answers_is_rendered(template: Path) -> None:
 
 def test_the_files_are_exactly_those_expected(project: Project, template: Path) -> None:
     expected = ALWAYS + (WITH_EXAMPLE if project.answers.example else WITHOUT_EXAMPLE)
+    expected = expected + (WITH_DOCKER if project.answers.docker else [])
+    expected = expected + WITH_CI[project.answers.ci]
     if project.answers.licence != "none":
         expected = [*expected, "LICENSE"]
 
@@ -154,7 +178,8 @@ def test_no_jinja_is_left_over(project: Project) -> None:
     left = [
         name
         for name, text in texts(project.folder).items()
-        if re.search(r"\{\{|\{%|\{#", name if name.startswith(RUNTIME) else name + text)
+        # `${{ }}` is GitHub's.
+        if re.search(r"(?<!\$)\{\{|\{%|\{#", name if name.startswith(RUNTIME) else name + text)
     ]
 
     assert left == []
@@ -229,10 +254,16 @@ def test_the_licence_names_who_gives_it(generate: Generate, tmp_path: Path, lice
     assert "the authors of Penguin Study\n" in (unnamed / "LICENSE").read_text(encoding="utf-8")
 
 
-def test_the_longest_package_name_leaves_the_code_formatted(
-    generate: Generate, tmp_path: Path
+@pytest.mark.parametrize("tracking_backend", ["sqlite", "databricks"])
+def test_the_longest_names_leave_the_code_formatted(
+    generate: Generate, tmp_path: Path, tracking_backend: str
 ) -> None:
-    project = generate(tmp_path / "project", package_name="p" * 40)
+    project = generate(
+        tmp_path / "project",
+        package_name="p" * 40,
+        tracking_backend=tracking_backend,
+        unity_catalog_schema="c" * 39 + "." + "s" * 40,
+    )
 
     assert ruff(project, "check") == ""
     assert ruff(project, "format", "--diff") == ""

@@ -48,7 +48,7 @@ def repository(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def change(template: Path) -> None:
-    with (template / "template" / CHANGED).open("a", encoding="utf-8") as file:
+    with (template / "template" / f"{CHANGED}.jinja").open("a", encoding="utf-8") as file:
         file.write("\nMore.\n")
 
 

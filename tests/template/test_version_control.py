@@ -48,7 +48,7 @@ def example(request: pytest.FixtureRequest) -> bool:
 @pytest.fixture
 def project(generate: Generate, tmp_path: Path, example: bool) -> Path:
     """A generated project in its first commit."""
-    folder = generate(tmp_path / "penguin-study", example=example)
+    folder = generate(tmp_path / "penguin-study", example=example, docker=True, ci="github")
     git(folder, "init", "--quiet")
     git(folder, "add", "--all")
     git(folder, "commit", "--quiet", "--message=Generate the project")

@@ -31,7 +31,7 @@ pipes smtpd telnetlib tomllib annotationlib compression
 
 INSTALLED = """
 kedro kedro_datasets mlflow pandas numpy sklearn scipy matplotlib pydantic click rich omegaconf
-yaml pytest ruff google docker flask fastapi sqlalchemy
+yaml pytest ruff google docker flask fastapi sqlalchemy azure boto3 botocore databricks jwt tqdm
 """.split()
 
 # In the project, so a package of that name would be taken for it.
@@ -68,13 +68,55 @@ TAKEN = (
     '"{}" is the name of something that the project installs or contains: '
     "choose another package name."
 )
-TAKEN = (
-    '"{}" is the name of something that the project installs or contains: '
-    "choose another package name."
-)
 ADDRESS = "starts with http:// or https://"
 EMAIL = "An e-mail address looks like name@example.org"
 ONE_LINE = "is one line of text"
+SCHEMA = "A schema of Unity Catalog is given as catalog.schema."
+S3 = "A place on S3 is given as s3://bucket/folder."
+GCS = "A place on Google Cloud Storage is given as gs://bucket/folder."
+AZURE = "A place on Azure is given as wasbs://container@account.blob.core.windows.net/folder"
+
+# Under which other answers a question is asked.
+ASKED_WITH: dict[str, dict[str, object]] = {
+    "tracking_uri": {"tracking_backend": "server"},
+    "unity_catalog_schema": {"tracking_backend": "databricks"},
+}
+
+# By the answer to `artifact_store`.
+WRONG_LOCATIONS = {
+    "s3": [
+        "",
+        "bucket/folder",
+        "s3://",
+        "s3:///folder",
+        "S3://bucket",
+        "gs://bucket",
+        "https://s3.example.org/bucket",
+        "/data/runs",
+        "s3://bucket/my folder",
+        "s3://bucket/folder\n",
+        's3://bucket/"',
+        "s3://bucket/\\",
+        # They would be committed.
+        "s3://key:secret@bucket/folder",
+        "s3://bucket/folder?X-Amz-Signature=secret",
+    ],
+    "gcs": ["", "gs://", "gcs://bucket", "s3://bucket", "gs://bucket folder", "gs://a:b@bucket"],
+    "azure": [
+        "",
+        "wasbs://",
+        "wasbs://container",
+        "wasbs://container@account",
+        "wasbs://container@account.example.org/folder",
+        "wasb://container@account.blob.core.windows.net",
+        "abfss://container@account/folder",
+        "abfss://account.dfs.core.windows.net/folder",
+        "https://account.blob.core.windows.net/container",
+        "wasbs://container:key@account.blob.core.windows.net/folder",
+        "abfss://container@account.dfs.core.windows.net/folder?sig=secret",
+    ],
+}
+LOCATION = {"s3": S3, "gcs": GCS, "azure": AZURE}
 
 WRONG: list[tuple[str, object, str]] = [
     *(("package_name", name, f'"{name}" is a keyword of Python') for name in KEYWORDS),
@@ -126,13 +168,20 @@ WRONG: list[tuple[str, object, str]] = [
     ("tracking_backend", "postgres", "'postgres' is not in ['sqlite', 'server'"),
     ("tracking_backend", "", "'' is not in ['sqlite', 'server'"),
     ("example", "maybe", "'maybe'"),
+    ("unity_catalog_schema", "", SCHEMA),
+    ("unity_catalog_schema", "models", SCHEMA),
+    ("unity_catalog_schema", "main.models.penguins", SCHEMA),
+    ("unity_catalog_schema", "main.my models", SCHEMA),
+    ("unity_catalog_schema", "main.", SCHEMA),
+    ("unity_catalog_schema", 'main.models"', SCHEMA),
+    ("unity_catalog_schema", "main.models\n", SCHEMA),
+    ("unity_catalog_schema", "c" * 40 + "." + "s" * 40, "at most 80 characters"),
+    ("artifact_store", "minio", "'minio' is not in ['local', 's3', 'gcs', 'azure']"),
+    ("artifact_store", "", "'' is not in ['local', 's3', 'gcs', 'azure']"),
+    ("docker", "maybe", "'maybe'"),
+    ("ci", "jenkins", "'jenkins' is not in ['github', 'gitlab', 'none']"),
+    ("ci", "", "'' is not in ['github', 'gitlab', 'none']"),
 ]
-
-
-def data(question: str, answer: object) -> dict[str, object]:
-    """Only a server has an address."""
-    server = {"tracking_backend": "server"} if question == "tracking_uri" else {}
-    return {question: answer, **server}
 
 
 @pytest.mark.parametrize(
@@ -144,11 +193,26 @@ def test_a_wrong_answer_gets_one_sentence_and_nothing_is_written(
     generate: Generate, tmp_path: Path, question: str, answer: object, wrong: str
 ) -> None:
     with pytest.raises((ValueError, CopierError)) as refused:
-        generate(tmp_path / "project", **data(question, answer))
+        generate(tmp_path / "project", **{question: answer}, **ASKED_WITH.get(question, {}))
 
     (line,) = str(refused.value).splitlines()
     assert question in line
     assert wrong in line
+    assert not (tmp_path / "project").exists()
+
+
+@pytest.mark.parametrize(
+    ("store", "location"),
+    [(store, location) for store, locations in WRONG_LOCATIONS.items() for location in locations],
+)
+def test_a_location_that_the_store_has_not_gets_one_sentence_and_nothing_is_written(
+    generate: Generate, tmp_path: Path, store: str, location: str
+) -> None:
+    with pytest.raises(ValueError, match="artifact_location") as refused:
+        generate(tmp_path / "project", artifact_store=store, artifact_location=location)
+
+    (line,) = str(refused.value).splitlines()
+    assert LOCATION[store] in line
     assert not (tmp_path / "project").exists()
 
 
