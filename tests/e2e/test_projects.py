@@ -91,7 +91,12 @@ def test_the_example_is_tracked_from_raw_data_to_predictions(
 
 @pytest.mark.parametrize(
     "answers",
-    ["example=true", "example=false licence=MIT", "example=true tracking_backend=server"],
+    [
+        "example=true ci=github",
+        "example=false licence=MIT docker=true ci=gitlab artifact_store=s3",
+        "example=true tracking_backend=server",
+        "example=true tracking_backend=databricks",
+    ],
 )
 def test_a_new_project_passes_its_own_tests_and_checks(
     clone: Path, tmp_path: Path, shell: Shell, answers: str
@@ -108,6 +113,9 @@ def test_a_new_project_passes_its_own_tests_and_checks(
 
     assert git(project, "diff", "--name-only") == ""
     assert not (project / "mlflow.db").exists()
+    # With these three all that CI runs, without a server and without secrets.
+    shell("uv run kedro run --env=test", project)
+    assert [run.info.status for run in main_runs(project)] == ["FINISHED"]
     installed = shell("uv pip list", project)
     assert "kedro-telemetry" not in installed
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import yaml
 
-from ..conftest import Generate
+from ..conftest import REPOSITORY, Generate
 from .conftest import changed_by_hooks, read_toml, ruff
 
 DIFFICULT = {
@@ -96,6 +97,21 @@ def test_difficult_text_leaves_the_project_tidy(difficult: Project) -> None:
     assert changed_by_hooks(difficult.folder) == []
     assert ruff(difficult.folder, "check") == ""
     assert ruff(difficult.folder, "format", "--diff") == ""
+
+
+def test_the_readme_lists_every_question_and_its_choices() -> None:
+    questions = {
+        name: question
+        for name, question in yaml.safe_load((REPOSITORY / "copier.yml").read_text("utf-8")).items()
+        if not name.startswith("_")
+    }
+    readme = (REPOSITORY / "README.md").read_text("utf-8")
+    rows = dict(re.findall(r"^\| `([a-z_]+)` \| (.*) \|$", readme, flags=re.MULTILINE))
+
+    assert list(rows) == list(questions)
+    for name, question in questions.items():
+        for choice in question.get("choices", {}).values():
+            assert f"`{str(choice).lower() if choice in (True, False) else choice}`" in rows[name]
 
 
 @pytest.mark.parametrize(
