@@ -346,11 +346,17 @@ def test_the_file_for_credentials_is_empty_until_its_marks_are_taken_off(project
         "MLFLOW_TRACKING_PASSWORD",
         "MLFLOW_TRACKING_TOKEN",
         "MLFLOW_TRACKING_SERVER_CERT_PATH",
+        "MLFLOW_TRACKING_CLIENT_CERT_PATH",
+        "DATABRICKS_HOST",
+        "DATABRICKS_TOKEN",
         "AWS_ACCESS_KEY_ID",
         "AWS_SECRET_ACCESS_KEY",
         "MLFLOW_S3_ENDPOINT_URL",
         "GOOGLE_APPLICATION_CREDENTIALS",
         "AZURE_STORAGE_CONNECTION_STRING",
+        "AZURE_TENANT_ID",
+        "AZURE_CLIENT_ID",
+        "AZURE_CLIENT_SECRET",
     }
     for name, entry in entries.items():
         project.mlflow_yml(f"server: {{credentials: {name}}}")
@@ -363,8 +369,15 @@ def test_the_file_for_credentials_is_empty_until_its_marks_are_taken_off(project
 def test_mlflow_reads_the_variables_of_the_file_for_credentials(project: Project) -> None:
     stub = (project.path / "conf" / "local" / "credentials.yml").read_text("utf-8")
     names = {name for entry in yaml.safe_load(examples(stub)).values() for name in entry}
-    # Those of the storages' own libraries are also what MLflow hands on to a container.
-    handed_on = inspect.getsource(importlib.import_module("mlflow.projects.backend.local"))
+    read = "".join(
+        inspect.getsource(importlib.import_module(module))
+        for module in (
+            # Those of the storages' own libraries are also what MLflow hands on to a container.
+            "mlflow.projects.backend.local",
+            "databricks.sdk.config",
+            "azure.identity._constants",
+        )
+    )
 
     for name in names:
-        assert hasattr(environment_variables, name) or name in handed_on, name
+        assert hasattr(environment_variables, name) or name in read, name
