@@ -8,10 +8,11 @@ import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import partial
 from inspect import isgeneratorfunction
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 import click
 from kedro.framework import project
@@ -54,6 +55,7 @@ class Binding:
     secrets: params.Secrets
     outputs: tuple[str, ...]  # names and patterns of the outputs to log as artifacts
     autolog: autologging.Flavors
+    variables: dict[str, str | None] = field(repr=False)  # of the environment: credentials
     main_process: int
     managers: tuple[int, ...]
 
@@ -76,7 +78,10 @@ def _arrive(*values: Any) -> Binding:
         credentials.register_header_provider(binding.header_provider, None)
     if os.getpid() != binding.main_process:
         autologging.switch_on_in_worker(binding.autolog)
-    endings.follow_parent(binding.main_process, binding.managers)
+    if endings.is_child_of(binding.main_process):
+        # It belongs to this run. A forkserver has the environment of the time when it was started.
+        credentials.export("worker", binding.variables)
+        endings.follow_parent(binding.main_process, binding.managers)
     return binding
 
 
@@ -92,6 +97,28 @@ def run_of(catalog: DataCatalog) -> tracking.RunHandle | None:
     """Give the run that a catalog is bound to, or None when its pipeline isn't tracked."""
     binding = _binding_of(catalog)
     return binding.run if binding else None
+
+
+@contextmanager
+def in_worker(catalog: DataCatalog) -> Iterator[None]:
+    """Work for a Kedro run in a process that others use too, such as a worker of Dask.
+
+    The credentials of the run are in the environment for so long, and nothing of it stays.
+    """
+    binding = _binding_of(catalog)
+    task = f"task {uuid4().hex}"
+    run = binding.run if binding else None
+    credentials.export(task, binding.variables if binding else {})
+    try:
+        yield
+        if run:
+            run.leave()  # what a generator has kept
+    except BaseException:
+        if run:
+            run.leave(status="FAILED")  # what an exit has left
+        raise
+    finally:
+        credentials.take_back(task)
 
 
 def name_datasets(catalog: DataCatalog, config: dict[str, Any]) -> None:
@@ -312,6 +339,7 @@ def track(
         secrets,
         tuple(config.tracking.artifacts.datasets),
         config.tracking.autolog if run else {},
+        credentials.exported(run.opening if run else _untracked(catalog)),
         os.getpid(),
         tuple(endings.managers()),
     )

@@ -28,6 +28,12 @@ def export(run_id: str, variables: Mapping[str, str | None]) -> None:
             _set(name, value)
 
 
+def exported(run_id: str) -> dict[str, str | None]:
+    """Give what a run has exported, for its workers."""
+    with _lock:
+        return dict(_wanted.get(run_id, {}))
+
+
 def take_back(run_id: str) -> None:
     """Put back what the variables of a run were, unless another run still wants them."""
     with _lock:

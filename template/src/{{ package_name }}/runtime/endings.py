@@ -198,6 +198,12 @@ def managers() -> list[int]:
     return [p.pid for p in children if p.pid and p.name.startswith("ParallelRunnerManager")]
 
 
+def is_child_of(pid: int) -> bool:
+    """Tell whether this is a worker process that the process with this id has started."""
+    parent = multiprocessing.parent_process()
+    return parent is not None and parent.pid == pid
+
+
 _followed: set[int] = set()
 
 

@@ -229,6 +229,10 @@ class RunHandle:
             finally:
                 credentials.take_back(self.opening)
 
+    def end_children(self, status: str) -> None:
+        """End the child runs that are still open, and theirs."""
+        _end_children(self.server, self.run_id, self.experiment_id, status)
+
     def report_error(self, error: str, traceback: str, node: str | None = None) -> None:
         """Say in tags and in the artifact `traceback.txt` why the run fails."""
         tags = {"kedro_error": error, **({"kedro_failed_node": node} if node else {})}
@@ -380,9 +384,13 @@ def _end(
         client.log_batch(run_id, tags=[RunTag("kedro_error", reason)])
     client.set_terminated(run_id, status)
     if status != "FINISHED":
-        of_this = f"tags.`mlflow.parentRunId` = '{run_id}' and attributes.status = 'RUNNING'"
-        for child in client.search_runs([experiment_id], of_this):
-            _end(server, child.info.run_id, experiment_id, status)
+        _end_children(server, run_id, experiment_id, status)
+
+
+def _end_children(server: Server, run_id: str, experiment_id: str, status: str) -> None:
+    of_this = f"tags.`mlflow.parentRunId` = '{run_id}' and attributes.status = 'RUNNING'"
+    for child in server.client.search_runs([experiment_id], of_this):
+        _end(server, child.info.run_id, experiment_id, status)
 
 
 def _end_orphans(server: Server, markers: Path) -> None:

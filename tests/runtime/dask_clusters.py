@@ -1,0 +1,73 @@
+"""Clusters of Dask that tests start on loopback: a scheduler and its workers, each a process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from subprocess import Popen
+
+from distributed import Client
+
+
+@dataclass
+class Cluster:
+    """The address of a scheduler, its workers, and what all of them have printed."""
+
+    address: str
+    workers: list[Popen[str]]
+    log: list[str] = field(default_factory=list)
+
+    def client(self) -> Client:
+        return Client(self.address, set_as_default=False)  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def dask_cluster(folder: Path, *sources: Path, workers: int = 2, **env: str) -> Iterator[Cluster]:
+    """Start a cluster whose workers find modules in the folders `sources`."""
+    with ExitStack() as stack:
+        scheduler = _start(stack, folder, ["scheduler", "--host=127.0.0.1", "--port=0"], env)
+        assert scheduler.stderr
+        log = []
+        for line in scheduler.stderr:
+            log.append(line)
+            if "Scheduler at:" in line:
+                break
+        else:
+            raise RuntimeError("dask scheduler ended:\n" + "".join(log))
+        address = line.split()[-1]
+        path = os.pathsep.join(map(str, sources))
+        command = ["worker", address, "--host=127.0.0.1", "--nthreads=1", "--no-dashboard"]
+        started = [
+            _start(stack, folder, [*command, "--no-nanny"], {**env, "PYTHONPATH": path})
+            for _ in range(workers)
+        ]
+        cluster = Cluster(address, started, log)
+        for process in (scheduler, *started):
+            threading.Thread(target=log.extend, args=(process.stderr,), daemon=True).start()
+        with cluster.client() as client:
+            client.wait_for_workers(workers)  # type: ignore[no-untyped-call]
+        yield cluster
+
+
+def _start(stack: ExitStack, folder: Path, words: list[str], env: dict[str, str]) -> Popen[str]:
+    process = Popen(
+        [sys.executable, "-m", "dask", *words],
+        cwd=folder,
+        env={**os.environ, **env},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+    def end() -> None:
+        process.terminate()
+        process.wait()
+
+    stack.callback(end)
+    return process
