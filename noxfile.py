@@ -35,10 +35,10 @@ def lint(session: nox.Session) -> None:
     session.run("ruff", "check")
     session.run("ruff", "format", "--check")
     session.run("mypy")
-    for example in ("true", "false"):
+    for answers in (["example=true"], ["example=false", "scale_out=dask"]):
         with tempfile.TemporaryDirectory() as folder:
             project = Path(folder, "my_project")
-            generate(session, project, f"example={example}")
+            generate(session, project, *answers)
             with session.chdir(project):
                 session.run("ruff", "check", ".")
                 session.run("ruff", "format", "--check", ".")

@@ -158,7 +158,8 @@ def new_project(
         package = f"project_{os.getpid()}_{next(_numbers)}"
         packages.append(package)
         copy_of(pattern(**{"example": False, **answers}), tmp_path / package, package)
-        shutil.rmtree(tmp_path / package / "src" / package / "pipelines" / "first")
+        if not answers.get("example"):
+            shutil.rmtree(tmp_path / package / "src" / package / "pipelines" / "first")
         return Project(tmp_path / package, package)
 
     yield make

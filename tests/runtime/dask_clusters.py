@@ -24,7 +24,7 @@ class Cluster:
     log: list[str] = field(default_factory=list)
 
     def client(self) -> Client:
-        return Client(self.address, set_as_default=False)  # type: ignore[no-untyped-call]
+        return Client(self.address, set_as_default=False)
 
 
 @contextmanager
@@ -51,7 +51,7 @@ def dask_cluster(folder: Path, *sources: Path, workers: int = 2, **env: str) -> 
         for process in (scheduler, *started):
             threading.Thread(target=log.extend, args=(process.stderr,), daemon=True).start()
         with cluster.client() as client:
-            client.wait_for_workers(workers)  # type: ignore[no-untyped-call]
+            client.wait_for_workers(workers)
         yield cluster
 
 

@@ -87,6 +87,8 @@ WITH_CI = {
     "none": [],
 }
 
+WITH_DASK = ["src/penguin_study/runner.py"]
+
 RUNTIME = "src/penguin_study/runtime/"
 
 LICENCES = {
@@ -103,26 +105,27 @@ class Answers(NamedTuple):
     licence: str
     docker: bool
     ci: str
+    scale_out: str
 
 
 # Every pair of answers stands in one of these; that Databricks has no other store, too.
 COMBINATIONS = [
-    Answers(True, "sqlite", "local", "none", False, "github"),
-    Answers(False, "server", "s3", "none", True, "none"),
-    Answers(False, "databricks", "gcs", "none", False, "none"),
-    Answers(True, "server", "azure", "none", True, "gitlab"),
-    Answers(False, "server", "local", "MIT", False, "gitlab"),
-    Answers(True, "sqlite", "s3", "MIT", True, "none"),
-    Answers(True, "server", "gcs", "MIT", False, "none"),
-    Answers(False, "databricks", "azure", "MIT", True, "github"),
-    Answers(True, "databricks", "local", "BSD-3-Clause", True, "none"),
-    Answers(False, "server", "s3", "BSD-3-Clause", False, "github"),
-    Answers(False, "sqlite", "gcs", "BSD-3-Clause", True, "gitlab"),
-    Answers(True, "server", "azure", "BSD-3-Clause", False, "none"),
-    Answers(False, "server", "local", "Apache-2.0", True, "none"),
-    Answers(True, "databricks", "s3", "Apache-2.0", False, "gitlab"),
-    Answers(True, "server", "gcs", "Apache-2.0", True, "github"),
-    Answers(False, "sqlite", "azure", "Apache-2.0", False, "none"),
+    Answers(True, "sqlite", "local", "none", False, "github", "dask"),
+    Answers(False, "server", "s3", "none", True, "none", "dask"),
+    Answers(False, "databricks", "gcs", "none", False, "none", "none"),
+    Answers(True, "server", "azure", "none", True, "gitlab", "dask"),
+    Answers(False, "server", "local", "MIT", False, "gitlab", "none"),
+    Answers(True, "sqlite", "s3", "MIT", True, "none", "dask"),
+    Answers(True, "server", "gcs", "MIT", False, "none", "dask"),
+    Answers(False, "databricks", "azure", "MIT", True, "github", "none"),
+    Answers(True, "databricks", "local", "BSD-3-Clause", True, "none", "dask"),
+    Answers(False, "server", "s3", "BSD-3-Clause", False, "github", "dask"),
+    Answers(False, "sqlite", "gcs", "BSD-3-Clause", True, "gitlab", "none"),
+    Answers(True, "server", "azure", "BSD-3-Clause", False, "none", "dask"),
+    Answers(False, "server", "local", "Apache-2.0", True, "none", "none"),
+    Answers(True, "databricks", "s3", "Apache-2.0", False, "gitlab", "none"),
+    Answers(True, "server", "gcs", "Apache-2.0", True, "github", "dask"),
+    Answers(False, "sqlite", "azure", "Apache-2.0", False, "none", "dask"),
 ]
 
 
@@ -162,6 +165,8 @@ def test_the_files_are_exactly_those_expected(project: Project, template: Path) 
     expected = expected + WITH_CI[project.answers.ci]
     if project.answers.licence != "none":
         expected = [*expected, "LICENSE"]
+    if project.answers.scale_out == "dask":
+        expected = expected + WITH_DASK
 
     names = [name for name in files(project.folder) if not name.startswith(RUNTIME)]
 
@@ -243,6 +248,20 @@ def test_the_licence_is_the_one_chosen(project: Project) -> None:
         assert LICENCES[licence] in (project.folder / "LICENSE").read_text(encoding="utf-8")
         assert metadata["license"] == licence
         assert metadata["license-files"] == ["LICENSE"]
+
+
+def test_only_a_project_that_scales_out_knows_of_dask(project: Project) -> None:
+    knowing = {
+        name
+        for name, text in texts(project.folder).items()
+        if re.search(r"\bdask\b|\bdistributed\b", text)
+        if name != "LICENSE" and not name.startswith(RUNTIME)
+    }
+    saying = {"README.md", "pyproject.toml", *WITH_DASK}
+
+    assert knowing - {".copier-answers.yml"} == (
+        saying if project.answers.scale_out == "dask" else set()
+    )
 
 
 @pytest.mark.parametrize("licence", ["MIT", "BSD-3-Clause"])
