@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -385,3 +387,50 @@ def test_runs_that_nodes_leave_open_are_ended_and_not_carried_on(
         ]
         * THREADS
     )
+
+
+def test_workers_of_a_server_that_was_forked_before_have_the_environment_of_the_run(
+    project: Project,
+) -> None:
+    project.pipeline(
+        """
+        import os
+        import mlflow
+        from kedro.pipeline import Node, Pipeline
+
+        def look():
+            mlflow.log_metric("length", len(os.environ["MLFLOW_TRACKING_TOKEN"]))
+            with mlflow.start_run(nested=True):
+                mlflow.log_param("owner", os.environ.get("MLFLOW_RUN_ID"))
+            return 1
+
+        def create_pipeline():
+            return Pipeline([Node(look, None, "seen")])
+        """
+    )
+    project.mlflow_yml("server: {credentials: mlflow}")
+    project.write("conf/local/credentials.yml", "mlflow: {MLFLOW_TRACKING_TOKEN: secret}")
+    given = project.client.create_run("0").info.run_id
+    # The default from Python 3.14: the runner's manager starts the server before there is a run.
+    script = (
+        "import multiprocessing, sys\n"
+        "if __name__ == '__main__':\n"
+        "    multiprocessing.set_start_method('forkserver')\n"
+        "    from kedro.framework.cli import main\n"
+        "    main()\n"
+    )
+    project.write("start.py", script)
+
+    ended = subprocess.run(
+        [sys.executable, "start.py", "run", "--runner=ParallelRunner"],
+        cwd=project.path,
+        env={**os.environ, "MLFLOW_RUN_ID": given},
+        capture_output=True,
+        text=True,
+    )
+
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    main, child = project.client.get_run(given), project.all_runs()[0]
+    assert main.data.metrics == {"length": len("secret")}
+    assert child.data.tags["mlflow.parentRunId"] == given
+    assert child.data.params == {"owner": "None"}
