@@ -174,8 +174,8 @@ def test_the_settings_of_the_guide_name_the_workspace_of_databricks(
     bootstrap_project(project.path)
 
     with KedroSession.create(project.path, env="databricks") as session:
-        context = session.load_context()
-        config = context.mlflow  # type: ignore[attr-defined]
+        context = session.load_context()  # type: ignore[attr-defined]
+        config = context.mlflow
         variables = sys.modules[f"{project.package}.runtime.loading"].read_credentials(context)
 
     connection = config.server.connection
