@@ -8,11 +8,12 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 
@@ -23,13 +24,35 @@ def free_port() -> int:
         return port
 
 
+MLFLOW = (sys.executable, "-m", "mlflow")
+
+
 @contextmanager
-def mlflow_server(folder: Path) -> Iterator[int]:
-    """Serve a SQLite store with proxied artifacts; gives the port."""
+def mlflow_server(
+    folder: Path,
+    *options: str,
+    store: str = "",
+    artifacts: str = "",
+    mlflow: Sequence[str] = MLFLOW,
+    ready: str = "Uvicorn running on",
+    env: Mapping[str, str] = MappingProxyType({}),
+) -> Iterator[int]:
+    """Serve a store with proxied artifacts, by default a SQLite file and a folder; gives the port.
+
+    Args:
+        folder: Where the server works.
+        options: Further options of `mlflow server`.
+        store: URI of the runs.
+        artifacts: URI of the artifacts.
+        mlflow: Command of the MLflow that serves.
+        ready: What it logs when it is ready.
+        env: Environment variables for it.
+    """
     port = free_port()
-    command = [sys.executable, "-m", "mlflow", "server", "--host=127.0.0.1", f"--port={port}"]
-    command += [f"--backend-store-uri=sqlite:///{(folder / 'mlflow.db').as_posix()}"]
-    command += [f"--artifacts-destination={(folder / 'artifacts').as_uri()}", "--workers=1"]
+    command = [*mlflow, "server", "--host=127.0.0.1", f"--port={port}", "--workers=1"]
+    store = store or f"sqlite:///{(folder / 'mlflow.db').as_posix()}"
+    artifacts = artifacts or (folder / "artifacts").as_uri()
+    command += [f"--backend-store-uri={store}", f"--artifacts-destination={artifacts}", *options]
     log: list[str] = []
     server = subprocess.Popen(
         command,
@@ -41,6 +64,7 @@ def mlflow_server(folder: Path) -> Iterator[int]:
             **os.environ,
             "PYTHONUNBUFFERED": "1",
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # half a dozen more processes
+            **env,
         },
         start_new_session=True,
     )
@@ -48,7 +72,7 @@ def mlflow_server(folder: Path) -> Iterator[int]:
     try:
         for line in server.stdout:
             log.append(line)
-            if "Uvicorn running on" in line:
+            if ready in line:
                 break
         else:
             raise RuntimeError("mlflow server ended:\n" + "".join(log))
@@ -69,9 +93,16 @@ class CountingProxy:
     headers: list[dict[str, str]]
 
 
+# Gives the status and the text of an answer, or None for a request that is passed on.
+Refusal = Callable[[str, Mapping[str, str]], "tuple[int, str] | None"]
+
+
 @contextmanager
-def counting_proxy(port: int) -> Iterator[CountingProxy]:
-    """Pass HTTP requests on to a port of this machine and keep what was asked."""
+def counting_proxy(port: int, refuse: Refusal | None = None) -> Iterator[CountingProxy]:
+    """Pass HTTP requests on to a port of this machine and keep what was asked.
+
+    Those that `refuse` has an answer for, given path and headers, are answered here.
+    """
     requests: list[str] = []
     headers: list[dict[str, str]] = []
 
@@ -82,18 +113,25 @@ def counting_proxy(port: int) -> Iterator[CountingProxy]:
             requests.append(f"{self.command} {self.path.partition('?')[0]}")
             headers.append(dict(self.headers))
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            if refused := refuse and refuse(self.path, self.headers):
+                self.answer(refused[0], refused[1].encode())
+                return
             behind = http.client.HTTPConnection("127.0.0.1", port)
             behind.request(self.command, self.path, body, dict(self.headers))
             answer = behind.getresponse()
-            content = answer.read()
-            self.send_response(answer.status)
-            for name, value in answer.getheaders():
+            self.answer(answer.status, answer.read(), answer.getheaders())
+            behind.close()
+
+        def answer(
+            self, status: int, content: bytes, headers: Iterable[tuple[str, str]] = ()
+        ) -> None:
+            self.send_response(status)
+            for name, value in headers:
                 if name.lower() not in ("transfer-encoding", "content-length", "connection"):
                     self.send_header(name, value)
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
             self.wfile.write(content)
-            behind.close()
 
         do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = forward
 

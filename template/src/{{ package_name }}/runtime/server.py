@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 from uuid import uuid4
+from weakref import WeakSet
 
 from . import credentials
-from .loading import ANNOUNCED, sqlite_file
+from .loading import ANNOUNCED, is_database, sqlite_file
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -70,7 +71,33 @@ _using = threading.Lock()
 def _client(tracking_uri: str, registry_uri: str) -> MlflowClient:
     from mlflow import MlflowClient
 
+    if is_database(tracking_uri) or is_database(registry_uri):
+        _part_when_forked()
     return MlflowClient(tracking_uri, registry_uri)
+
+
+@lru_cache
+def _part_when_forked() -> None:
+    """Let a forked worker open connections of its own, instead of talking on its parent's.
+
+    Two processes on one connection take each other's answers, or wait for ever.
+    """
+    from sqlalchemy import Connection, Engine, Pool, event
+
+    engines: WeakSet[Engine] = WeakSet()
+    inherited: list[Pool] = []  # for good: what is collected would be closed
+
+    @event.listens_for(Engine, "engine_connect")
+    def note(connection: Connection) -> None:
+        engines.add(connection.engine)
+
+    def part() -> None:
+        for engine in list(engines):
+            inherited.append(engine.pool)
+            engine.dispose(close=False)
+
+    if hasattr(os, "register_at_fork"):  # not on Windows, which doesn't fork
+        os.register_at_fork(after_in_child=part)
 
 
 class SettingError(Exception):

@@ -1,0 +1,123 @@
+"""Real stores and servers, each started once on loopback; `--all` tests them all thoroughly."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import trustme
+from mlflow.tracking.request_header.registry import (
+    _request_header_provider_registry as header_providers,
+)
+
+from ..runtime.conftest import Project, elsewhere, empty_store, new_project, pattern
+from ..runtime.s3 import S3, s3_server
+from ..runtime.servers import mlflow_server
+from . import work
+from .postgres import Postgres, postgres_server
+
+__all__ = ["elsewhere", "empty_store", "new_project", "pattern"]
+
+SECRET = "change-me-to-something-long"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all", action="store_true", help="test also what takes long")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "thorough: takes long, and runs with --all only")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--all"):
+        left = [item for item in items if item.get_closest_marker("thorough")]
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if item not in left]
+
+
+@pytest.fixture
+def project(new_project: Callable[..., Project]) -> Project:
+    """A project with the pipeline that logs in every way."""
+    project = new_project()
+    work.fill(project)
+    return project
+
+
+@pytest.fixture(autouse=True)
+def no_header_provider_left() -> Iterator[None]:
+    before = header_providers._registry[:]
+    yield
+    header_providers._registry[:] = before
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    with postgres_server() as server:
+        yield server
+
+
+@dataclass(frozen=True)
+class Served:
+    """A server, the folder that it works in, and the file of the CA that its clients trust."""
+
+    port: int
+    folder: Path
+    scheme: str = "http"
+    ca: Path | None = None
+
+    @property
+    def uri(self) -> str:
+        return f"{self.scheme}://127.0.0.1:{self.port}"
+
+    def has(self, secret: str) -> bool:
+        """Tell whether a text is in the store, in an artifact, or there in another writing."""
+        encoded = base64.b64encode(secret.encode())
+        contents = [file.read_bytes() for file in self.folder.rglob("*") if file.is_file()]
+        assert contents
+        return any(secret.encode() in text or encoded in text for text in contents)
+
+
+@pytest.fixture(scope="session")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """An MLflow server that asks for nothing."""
+    folder = tmp_path_factory.mktemp("plain")
+    with mlflow_server(folder) as port:
+        yield Served(port, folder)
+
+
+@pytest.fixture(scope="session")
+def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """An MLflow server with MLflow's own basic authentication; its user is `admin`."""
+    folder = tmp_path_factory.mktemp("guarded")
+    env = {
+        "MLFLOW_AUTH_ADMIN_PASSWORD": SECRET,
+        "MLFLOW_FLASK_SERVER_SECRET_KEY": "only for tests",
+    }
+    with mlflow_server(folder, "--app-name=basic-auth", env=env) as port:
+        yield Served(port, folder)
+
+
+@pytest.fixture(scope="session")
+def encrypted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """An MLflow server over TLS, with a certificate of a CA of its own."""
+    folder = tmp_path_factory.mktemp("encrypted")
+    certificates = tmp_path_factory.mktemp("certificates")
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(str(certificates / "ca.pem"))
+    own = authority.issue_cert("127.0.0.1")
+    own.private_key_pem.write_to_path(str(certificates / "key.pem"))
+    for part in own.cert_chain_pems:
+        part.write_to_path(str(certificates / "cert.pem"), append=True)
+    files = f"--ssl-keyfile {certificates / 'key.pem'} --ssl-certfile {certificates / 'cert.pem'}"
+    with mlflow_server(folder, f"--uvicorn-opts={files}") as port:
+        yield Served(port, folder, "https", certificates / "ca.pem")
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[S3]:
+    with s3_server() as server:
+        yield server
