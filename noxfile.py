@@ -10,7 +10,7 @@ import nox
 nox.needs_version = ">=2025.5.1"
 nox.options.default_venv_backend = "uv"
 nox.options.reuse_venv = "yes"
-nox.options.sessions = ["lint", "tests", "e2e"]
+nox.options.sessions = ["lint", "tests", "backends", "e2e"]
 
 HERE = Path(__file__).parent
 ENV = {
@@ -50,6 +50,14 @@ def tests(session: nox.Session) -> None:
     """Test the runtime and the template; arguments go to pytest."""
     install(session, "tests")
     session.run("pytest", *(session.posargs or ["--numprocesses=auto"]))
+
+
+@nox.session
+def backends(session: nox.Session) -> None:
+    """Track runs on real stores and servers; `-- --all` tests what takes long too."""
+    install(session, "backends")
+    options = ["--numprocesses=auto", "--dist=loadfile"]
+    session.run("pytest", "tests/backends", *options, *session.posargs)
 
 
 @nox.session

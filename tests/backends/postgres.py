@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import psycopg2
+import psycopg2  # type: ignore[import-untyped]
 
 from ..runtime.servers import free_port
 
@@ -31,7 +31,9 @@ class Postgres:
 
     port: int
 
-    def uri(self, database: str, user: str = f"{USER}:{PASSWORD}", scheme: str = "postgresql") -> str:
+    def uri(
+        self, database: str, user: str = f"{USER}:{PASSWORD}", scheme: str = "postgresql"
+    ) -> str:
         return f"{scheme}://{user}@127.0.0.1:{self.port}/{database}"
 
     def create(self, database: str, driver: str = "psycopg2") -> str:

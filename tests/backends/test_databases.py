@@ -5,13 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from kedro.runner import ParallelRunner, SequentialRunner
 
 from ..runtime.conftest import Project
+from .conftest import RUNNERS
 from .postgres import PASSWORD, Postgres
 from .work import check
-
-RUNNERS = [SequentialRunner, ParallelRunner]
 
 
 @pytest.mark.parametrize("runner", RUNNERS)
@@ -32,7 +30,9 @@ def test_every_value_is_in_postgresql_and_the_password_is_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     project.tracking_uri = postgres.create(project.package, driver)
-    project.mlflow_yml(f"server: {{mlflow_tracking_uri: '{project.tracking_uri}', credentials: db}}")
+    project.mlflow_yml(
+        f"server: {{mlflow_tracking_uri: '{project.tracking_uri}', credentials: db}}"
+    )
     project.write("conf/local/credentials.yml", f"db: {{PGPASSWORD: {PASSWORD}}}")
 
     project.run(runner=runner())

@@ -74,6 +74,11 @@ def create_pipeline():
     return Pipeline([Node(see, None, "report")])
 """
 
+ENTRY = "the entry of credentials.yml that server.credentials names"
+USER, PASSWORD = "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"
+TOKEN = "MLFLOW_TRACKING_TOKEN"
+CA = "MLFLOW_TRACKING_SERVER_CERT_PATH"
+
 
 def fill(project: Project) -> None:
     """Give a project the pipeline and what it needs."""
@@ -117,9 +122,9 @@ def check(project: Project, folder: Path) -> Run:
     return run
 
 
-def refused(project: Project, **env: str) -> str:
+def refused(project: Project, pipeline: str = WITNESS, **env: str) -> str:
     """Run a pipeline that the set-up doesn't allow: one sentence, and no node has run."""
-    project.pipeline(WITNESS)
+    project.pipeline(pipeline)
     ended = project.kedro("run", **{"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", **env})
     shown = ended.stdout + ended.stderr
     assert ended.returncode == 1, shown

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -80,7 +81,7 @@ def mlflow_server(
         threading.Thread(target=log.extend, args=(server.stdout,), daemon=True).start()
         yield port
     finally:
-        os.killpg(server.pid, 15)
+        os.killpg(server.pid, signal.SIGKILL)  # its orderly end takes ten seconds
         server.wait()
 
 
@@ -113,7 +114,7 @@ def counting_proxy(port: int, refuse: Refusal | None = None) -> Iterator[Countin
             requests.append(f"{self.command} {self.path.partition('?')[0]}")
             headers.append(dict(self.headers))
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            if refused := refuse and refuse(self.path, self.headers):
+            if refused := refuse and refuse(self.path, dict(self.headers)):
                 self.answer(refused[0], refused[1].encode())
                 return
             behind = http.client.HTTPConnection("127.0.0.1", port)

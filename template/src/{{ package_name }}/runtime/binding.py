@@ -316,7 +316,7 @@ def track(
                 project_path=context.project_path,
             )
         except SettingError as error:
-            raise mistake(context, error.key, str(error)) from error
+            raise mistake(context, error.key, secrets.hide_in(str(error))) from error
         server = run.server
         if config.tracking.autolog and provenance.runner_name(run_params) == "ThreadRunner":
             logger.warning(

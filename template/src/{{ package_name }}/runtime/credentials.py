@@ -55,7 +55,13 @@ def _set(name: str, value: str | None) -> None:
         os.environ[name] = value
 
 
-_registered: set[str] = set()
+# The class of each provider that is registered, under all that it was made with.
+_registered: dict[str, str] = {}
+
+
+def registered_header_providers() -> list[str]:
+    """Name the classes that MLflow asks for headers in this process, for the projects in it."""
+    return list(_registered.values())
 
 
 def register_header_provider(
@@ -82,4 +88,4 @@ def register_header_provider(
     if options.pass_context:
         arguments["kedro_context"] = context
     _request_header_provider_registry.register(lambda: provider(**arguments))
-    _registered.add(known)
+    _registered[known] = options.type

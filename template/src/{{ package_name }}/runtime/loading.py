@@ -361,6 +361,7 @@ def sqlite_file(uri: str) -> Path | None:
 
 def shown_uri(uri: str) -> str:
     """Write a URI without the user and password in it, for logs and messages."""
+    uri = re.sub(r"([?&][^=&#]*password=)[^&#]*", r"\1***", uri)
     return re.sub(r"//[^/?#]*@", "//***@", uri)
 
 

@@ -154,6 +154,8 @@ def prepare(server: Server, experiment: ExperimentOptions) -> None:
     other's half-made tables.
     """
     file = sqlite_file(server.tracking_uri)
+    if file is None and is_database(server.tracking_uri):
+        _prepare_database(server.tracking_uri, experiment)
     if file is None or file.exists():
         return
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
@@ -177,6 +179,30 @@ def prepare(server: Server, experiment: ExperimentOptions) -> None:
                 draft.replace(file)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def _prepare_database(uri: str, experiment: ExperimentOptions) -> None:
+    """Knock at a database, and make the tables in one that is empty.
+
+    MLflow knocks ten times, for more than a minute, at one that refuses the password.
+    """
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+    from sqlalchemy import NullPool, create_engine, inspect, text
+
+    with create_engine(uri, poolclass=NullPool).connect() as connection:
+        if inspect(connection).has_table("alembic_version"):
+            return
+        logger.info("Making MLflow's tables in the database")
+        if connection.dialect.name == "postgresql":
+            # Held until this connection ends: another process waits, and then finds the tables.
+            connection.execute(text("SELECT pg_advisory_lock(:key)"), {"key": _MAKING_TABLES})
+        location = experiment.create_experiment_kwargs.artifact_location
+        with _quiet("alembic"):
+            SqlAlchemyStore(uri, location)
+
+
+# Any number that other programs are unlikely to lock in the same database.
+_MAKING_TABLES = 0x6D6C666C6F77
 
 
 @contextmanager

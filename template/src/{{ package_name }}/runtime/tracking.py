@@ -21,7 +21,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, NamedTuple
 from uuid import uuid4
 
-from . import autologging, credentials, endings
+from . import autologging, credentials, endings, failures
 from .loading import ConfigError, anchor_uri, shown_uri, uri_of_environment
 from .server import Server, SettingError, experiment_id, prepare
 
@@ -129,11 +129,13 @@ class RunHandle:
 
     def log_artifact(self, path: str | Path, artifact_path: str | None = None) -> None:
         """Copy a local file, or a folder with all that is in it, to the run's artifacts."""
-        self.server.client.log_artifact(self.run_id, str(path), artifact_path)
+        with failures.told_of_artifacts(self.artifact_uri, self.server):
+            self.server.client.log_artifact(self.run_id, str(path), artifact_path)
 
     def log_text(self, text: str, artifact_file: str) -> None:
         """Write a text to the run's artifacts."""
-        self.server.client.log_text(self.run_id, text, artifact_file)
+        with failures.told_of_artifacts(self.artifact_uri, self.server):
+            self.server.client.log_text(self.run_id, text, artifact_file)
 
     def log_model(
         self, log: Callable[[], ModelInfo], registered_name: str | None, alias: str | None
@@ -143,7 +145,7 @@ class RunHandle:
         The version that gets registered by it, as `registered_name`, is given the alias.
         """
         self.flush()  # MLflow links the metrics that the run has now with the model
-        with self.active():
+        with self.active(), failures.told_of_artifacts(self.artifact_uri, self.server):
             info = log()
         if alias and registered_name:
             self.server.client.set_registered_model_alias(
@@ -448,15 +450,13 @@ def start(
         # MLflow prints the address of each run, password and all.
         exported["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
     credentials.export(opening, exported)
+    if given:
+        server = _server_of_environment(server, project_path)
     try:
         autologging.switch_on(options.autolog)
-        handle, tags = _open(
-            _server_of_environment(server, project_path) if given else server,
-            options,
-            name,
-            {**tags, **endings.this_process().tags()},
-            given,
-        )
+        with failures.told_of_server(server, variables):
+            tags = {**tags, **endings.this_process().tags()}
+            handle, tags = _open(server, options, name, tags, given)
         handle = replace(handle, opening=opening)
     except BaseException:
         credentials.take_back(opening)
@@ -464,16 +464,17 @@ def start(
             autologging.switch_off()
         raise
     _started[_key(handle)] = _Started(handle, markers, threading.get_ident(), _caller())
-    try:
-        _watch(handle, markers)
-        if tags:
-            handle.set_tags(tags)
-        handle.log_params(params)
-        handle.enter("pipeline")
-        _end_orphans(handle.server, markers)
-    except BaseException:
-        handle.finish("FAILED")
-        raise
+    with failures.told_of_server(handle.server, variables):
+        try:
+            _watch(handle, markers)
+            if tags:
+                handle.set_tags(tags)
+            handle.log_params(params)
+            handle.enter("pipeline")
+            _end_orphans(handle.server, markers)
+        except BaseException:
+            handle.finish("FAILED")
+            raise
     logger.info(
         "MLflow run '%s' (%s) %s on %s",
         handle.name,

@@ -1,0 +1,221 @@
+"""Runs are kept by an MLflow server that asks for nothing, or for tokens that expire."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ..runtime.conftest import Project
+from ..runtime.servers import CountingProxy, counting_proxy, free_port
+from .conftest import RUNNERS, SECRET, Reach, Served
+from .work import ENTRY, PASSWORD, TOKEN, USER, WITNESS, check, refused
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_every_value_is_on_the_server(
+    on: Reach, plain: Served, runner: type, tmp_path: Path
+) -> None:
+    project = on(plain.uri)
+
+    project.run(runner=runner())
+
+    run = check(project, tmp_path)
+    assert (run.info.artifact_uri or "").startswith("mlflow-artifacts:/")
+
+
+# How many requests a token holds for: it expires many times in a run.
+USES = 3
+
+PROVIDER = """
+import os
+import threading
+from urllib.request import urlopen
+
+from mlflow.tracking.request_header.abstract_request_header_provider import RequestHeaderProvider
+
+
+class FreshToken(RequestHeaderProvider):
+    \"\"\"Take a token from where they are issued, and another one when it has been used up.\"\"\"
+
+    def __init__(self, issuer, uses):
+        self._issuer, self._uses = issuer, uses
+        self._left, self._owner = 0, None
+        self._lock = threading.Lock()
+
+    def in_context(self):
+        return True
+
+    def request_headers(self):
+        with self._lock:
+            if self._left == 0 or self._owner != os.getpid():
+                with urlopen(self._issuer) as answer:
+                    self._token = answer.read().decode()
+                self._left, self._owner = self._uses, os.getpid()
+            self._left -= 1
+            return {"Authorization": f"Bearer {self._token}"}
+"""
+
+
+@dataclass
+class Gate:
+    """Issues tokens, and lets a request pass whose token has not been used too often."""
+
+    used: Counter[str] = field(default_factory=Counter)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def refuse(self, path: str, headers: Mapping[str, str]) -> tuple[int, str] | None:
+        token = headers.get("Authorization", "").removeprefix("Bearer ")
+        with self.lock:
+            if path == "/token":
+                token = f"{SECRET}-{len(self.used)}"
+                self.used[token] = 0
+                return 200, token
+            if token not in self.used:
+                return 401, "no token"
+            self.used[token] += 1
+            return (401, "the token has expired") if self.used[token] > USES else None
+
+
+@dataclass(frozen=True)
+class Gated:
+    proxy: CountingProxy
+    gate: Gate
+    server: Served
+
+
+@pytest.fixture
+def gated(plain: Served) -> Iterator[Gated]:
+    """The server behind a gate that asks for tokens."""
+    gate = Gate()
+    with counting_proxy(plain.port, gate.refuse) as proxy:
+        yield Gated(proxy, gate, plain)
+
+
+def provide(project: Project, gated: Gated, uses: int) -> None:
+    """Have a project take its tokens from the gate, and take each for that many requests."""
+    project.write(f"src/{project.package}/headers.py", PROVIDER)
+    arguments = {"issuer": f"{gated.proxy.uri}/token", "uses": uses}
+    provider = {"type": f"{project.package}.headers.FreshToken", "init_kwargs": arguments}
+    server = {"mlflow_tracking_uri": gated.proxy.uri, "request_header_provider": provider}
+    project.mlflow_yml(yaml.safe_dump({"server": server}, sort_keys=False))
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_every_value_is_on_the_server_whose_tokens_expire_in_the_run(
+    on: Reach, gated: Gated, runner: type, tmp_path: Path
+) -> None:
+    project = on(gated.proxy.uri)
+    provide(project, gated, USES)
+
+    project.run(runner=runner())
+
+    assert len(gated.gate.used) > 3
+    assert max(gated.gate.used.values()) <= USES
+    project.tracking_uri = gated.server.uri
+    check(project, tmp_path)
+    assert not gated.server.has(SECRET)
+
+
+def test_what_a_user_may_not_do_is_told(on: Reach, plain: Served) -> None:
+    with counting_proxy(plain.port, lambda *asked: (403, "Permission denied")) as proxy:
+        told = refused(on(proxy.uri, **{USER: "ada", PASSWORD: SECRET}))
+
+    what = f"answered 403 (not allowed) to {USER} and {PASSWORD}: correct them in {ENTRY}"
+    assert told == f"conf/local/mlflow.yml:3: server.credentials: {proxy.uri} {what}"
+
+
+def test_a_token_that_is_not_taken_is_told(on: Reach, gated: Gated) -> None:
+    told = refused(on(gated.proxy.uri, **{TOKEN: SECRET}))
+
+    what = f"answered 401 (not authenticated) to {TOKEN}: correct it in {ENTRY}"
+    assert told == f"conf/local/mlflow.yml:3: server.credentials: {gated.proxy.uri} {what}"
+
+
+def test_headers_whose_token_has_expired_are_told(on: Reach, gated: Gated) -> None:
+    project = on(gated.proxy.uri)
+    provide(project, gated, uses=100)
+    # It expires before the last of the parameters are logged.
+    project.parameters({f"p{i}": i for i in range(500)})
+    project.mlflow_yml("tracking: {params: {dict_params: {flatten: true}}}", env="base")
+
+    told = refused(
+        project, WITNESS.replace("see()", "see(parameters)").replace("None", "'parameters'")
+    )
+
+    what = "answered 401 (not authenticated) to the headers of "
+    what += f"{project.package}.headers.FreshToken: see that they have a token that holds"
+    place = "conf/local/mlflow.yml:3: server.request_header_provider"
+    assert told == f"{place}: {gated.proxy.uri} {what}"
+
+
+Answer = tuple[int, str]
+
+
+@pytest.mark.parametrize(
+    ("answer", "sentence"),
+    [
+        (
+            (404, "<html>Not Found</html>"),
+            (
+                "answered 404 (not found): expected the address of an MLflow server of version 3 or "
+                "newer, with the path that it is served under, if any"
+            ),
+        ),
+        (
+            (200, "<html>Welcome, please log in</html>"),
+            "answered with a page and not as an MLflow server does: correct the address",
+        ),
+        ((503, "later"), "answered 503: see the server's log"),
+        ((500, "oh"), "answered 500: see the server's log"),
+        (
+            (403, "Invalid Host header - possible DNS rebinding attack detected"),
+            "refuses this name of it: add the name to the server's --allowed-hosts",
+        ),
+    ],
+)
+def test_an_answer_that_is_none_of_an_mlflow_server_is_told(
+    on: Reach, plain: Served, answer: Answer, sentence: str
+) -> None:
+    with counting_proxy(plain.port, lambda *asked: answer) as proxy:
+        told = refused(on(proxy.uri))
+
+    assert told == f"conf/local/mlflow.yml:2: server.mlflow_tracking_uri: {proxy.uri} {sentence}"
+
+
+def test_an_address_where_no_server_is_is_told_without_the_password_in_it(
+    on: Reach, plain: Served, encrypted: Served
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        addresses = {
+            f"http://ada:{SECRET}@127.0.0.1:{free_port()}": "nothing listens at {} (connection "
+            "refused): start the server, or correct the address",
+            "http://mlflow.invalid": "the host of {} isn't known: correct the address",
+            encrypted.uri.replace("https", "http"): "{} closed the connection without an answer: "
+            "correct the address (that of a server over TLS begins with https://)",
+            plain.uri.replace("http", "https"): "{} doesn't speak TLS: expected an address with "
+            "http://",
+            f"http://127.0.0.1:{silent.getsockname()[1]}": "{} gave no answer in time: correct "
+            "the address, see whether a firewall is in between, or raise "
+            "MLFLOW_HTTP_REQUEST_TIMEOUT",
+        }
+        for address, sentence in addresses.items():
+            told = refused(on(address), MLFLOW_HTTP_REQUEST_TIMEOUT="1")
+
+            shown = sentence.format(address.replace(f"ada:{SECRET}", "***"))
+            assert told == f"conf/local/mlflow.yml:2: server.mlflow_tracking_uri: {shown}"
+
+
+def test_an_address_of_the_environment_is_named_as_such(
+    new_project: Callable[..., Project],
+) -> None:
+    uri = f"http://127.0.0.1:{free_port()}"
+    told = refused(new_project(), MLFLOW_TRACKING_URI=uri)
+
+    assert f"nothing listens at {uri} (of MLFLOW_TRACKING_URI)" in told
