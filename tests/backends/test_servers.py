@@ -124,7 +124,7 @@ def test_every_value_is_on_the_server_whose_tokens_expire_in_the_run(
 
 
 def test_what_a_user_may_not_do_is_told(on: Reach, plain: Served) -> None:
-    with counting_proxy(plain.port, lambda *asked: (403, "Permission denied")) as proxy:
+    with counting_proxy(plain.port, lambda *_: (403, "Permission denied")) as proxy:
         told = refused(on(proxy.uri, **{USER: "ada", PASSWORD: SECRET}))
 
     what = f"answered 403 (not allowed) to {USER} and {PASSWORD}: correct them in {ENTRY}"
@@ -164,8 +164,8 @@ Answer = tuple[int, str]
         (
             (404, "<html>Not Found</html>"),
             (
-                "answered 404 (not found): expected the address of an MLflow server of version 3 or "
-                "newer, with the path that it is served under, if any"
+                "answered 404 (not found): expected the address of an MLflow server of version 3 "
+                "or newer, with the path that it is served under, if any"
             ),
         ),
         (
@@ -183,7 +183,7 @@ Answer = tuple[int, str]
 def test_an_answer_that_is_none_of_an_mlflow_server_is_told(
     on: Reach, plain: Served, answer: Answer, sentence: str
 ) -> None:
-    with counting_proxy(plain.port, lambda *asked: answer) as proxy:
+    with counting_proxy(plain.port, lambda *_: answer) as proxy:
         told = refused(on(proxy.uri))
 
     assert told == f"conf/local/mlflow.yml:2: server.mlflow_tracking_uri: {proxy.uri} {sentence}"

@@ -257,7 +257,7 @@ def _of_database(error: Exception, where: str) -> SettingError | None:
         # The last line says why; before it stands the address, which is told already.
         lines = [line.strip() for line in str(refused.orig).splitlines() if line.strip()]
         fatal = [line for line in lines if "FATAL:" in line] or lines or [str(refused.orig)]
-        said = _in_short(re.sub(r"^.*?(?=FATAL:|[Cc]onnection refused)", "", fatal[0]))
+        said = _in_short(re.sub(r"^.*\bfailed: ", "", fatal[0]))
         if re.search(r"password|authentication|role .* does not exist|pg_hba", said):
             what = f"correct the user in the address, and PGPASSWORD in {ENTRY}"
             return SettingError(CREDENTIALS, f"{where} refuses the login ({said}): {what}")
@@ -265,6 +265,8 @@ def _of_database(error: Exception, where: str) -> SettingError | None:
             what = "create the database, or correct its name in the address"
             return SettingError(ADDRESS, f"{where} isn't there ({said}): {what}")
         what = "start the database, or correct the address"
+        if where.startswith("sqlite"):
+            what = "see to the file and its folder, or name another"
         return SettingError(ADDRESS, f"{where} can't be used ({said}): {what}")
     if answer := _first(causes, MlflowException):
         return SettingError(ADDRESS, f"{where}: {_in_short(answer.message)}")
