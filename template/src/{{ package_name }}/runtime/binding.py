@@ -17,7 +17,7 @@ from uuid import uuid4
 import click
 from kedro.framework import project
 
-from . import autologging, credentials, endings, outputs, params, provenance, tracking
+from . import autologging, credentials, endings, failures, outputs, params, provenance, tracking
 from .config import MlflowConfig, RequestHeaderProviderOptions
 from .datasets.tracked import TrackedDataset
 from .loading import (
@@ -251,12 +251,19 @@ def report(catalog: DataCatalog, error: BaseException, node: str | None = None) 
     with suppress(AttributeError):  # an exception with slots is told twice
         setattr(error, _REPORTED, run.opening)
     lines = traceback.format_exception(type(error), error, error.__traceback__)
+    error = failures.told(error) or error
     with _warning_of_failures():
         run.report_error(
             binding.secrets.hide_in(f"{type(error).__name__}: {error}"),
             binding.secrets.hide_in("".join(lines)),
             node,
         )
+
+
+def sentence_of(catalog: DataCatalog, error: BaseException) -> ConfigError | None:
+    """Give the sentence to show instead of an error whose cause is in the set-up."""
+    binding, told = _binding_of(catalog), failures.told(error)
+    return ConfigError(binding.secrets.hide_in(told.message)) if binding and told else None
 
 
 _REPORTED = "reported_to_mlflow_run"

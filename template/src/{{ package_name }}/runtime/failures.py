@@ -35,11 +35,21 @@ CERTIFICATE = "MLFLOW_TRACKING_SERVER_CERT_PATH"
 ENTRY = "the entry of credentials.yml that server.credentials names"
 
 
-class ArtifactError(ConfigError, DatasetError):
-    """Artifacts can't be stored: one sentence, for `kedro` to print instead of a traceback.
+class ArtifactError(ConfigError):
+    """Artifacts can't be stored: one sentence, for `kedro` to print instead of a traceback."""
 
-    A `DatasetError` too, because Kedro leaves these as they are, in other processes as well.
-    """
+
+# How each such sentence begins.
+_NOT_STORED = "Artifacts can't be stored in"
+
+
+def told(error: BaseException) -> ArtifactError | None:
+    """Give the sentence that an error of Kedro is about, if there is one."""
+    if found := _first(_causes(error), ArtifactError):
+        return ArtifactError(found.message)
+    # Kedro puts the dataset's name before it; on its way from a worker it has lost its cause.
+    found = isinstance(error, DatasetError) and re.search(f"{_NOT_STORED}.*", str(error), re.DOTALL)
+    return ArtifactError(found[0]) if found else None
 
 
 class _Storage(NamedTuple):
@@ -282,7 +292,7 @@ def of_artifacts(error: BaseException, place: str, server: Server) -> str | None
     storage = _STORAGES.get(scheme)
     if storage is None:
         return None
-    where = f"Artifacts can't be stored in {place}"
+    where = f"{_NOT_STORED} {place}"
     if missing := _first(causes, ModuleNotFoundError):
         if missing.name and missing.name.partition(".")[0] in _STORAGE_CLIENTS:
             return f"{where}: a package isn't installed: uv add {storage.package}"
@@ -317,11 +327,11 @@ def _of_proxy(causes: list[BaseException], place: str, server: str) -> str | Non
     response = getattr(failed, "response", None)
     found = re.search(r"too many (\d+) error|^(\d+) ", str(failed))
     status = response.status_code if response is not None else found and (found[1] or found[2])
-    where = f"{server} could not store artifacts in {place}"
+    where = f"{_NOT_STORED} {place} of {server}"
     if str(status) in ("401", "403"):
-        return f"{where}: it answered {status}. See to the permissions, and to {ENTRY}."
+        return f"{where}: the server answered {status}. See to the permissions, and to {ENTRY}."
     return (
-        f"{where}: it answered {status or 'nothing'}. Its log says why: see to its "
+        f"{where}: the server answered {status or 'nothing'}. Its log says why: see to its "
         "--artifacts-destination, and to the bucket and the keys that the server has for it."
     )
 

@@ -135,14 +135,17 @@ class MlflowHook:
 
     @hook_impl(wrapper=True)
     def on_pipeline_error(self, error: Exception, catalog: DataCatalog) -> Iterator[None]:
-        """End the run as failed."""
-        from .binding import fail
+        """End the run as failed; an error that is told in one sentence is shown as that."""
+        from .binding import fail, sentence_of
 
         try:
-            return (yield)
+            result = yield
         finally:
             _catalog.set(None)
             fail(catalog, error)
+        if sentence := sentence_of(catalog, error):
+            raise sentence from error
+        return result
 
 
 def _offer_config(context: KedroContext) -> None:
