@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import mlflow
 import pytest
 import yaml
 
 from ..runtime.conftest import Project
-from ..runtime.servers import CountingProxy, counting_proxy, free_port
+from ..runtime.servers import CountingProxy, counting_proxy, free_port, mlflow_server
 from .conftest import RUNNERS, SECRET, Reach, Served
-from .work import ENTRY, PASSWORD, TOKEN, USER, WITNESS, check, refused
+from .work import CATALOG, ENTRY, PASSWORD, TOKEN, USER, WITNESS, check, refused
 
 
 @pytest.mark.parametrize("runner", RUNNERS)
@@ -219,3 +220,52 @@ def test_an_address_of_the_environment_is_named_as_such(
     told = refused(new_project(), MLFLOW_TRACKING_URI=uri)
 
     assert f"nothing listens at {uri} (of MLFLOW_TRACKING_URI)" in told
+
+
+OLD = "2.22.4"
+
+# What has come since it was made, and it can't use.
+AGE = ["--with=setuptools<81", "--with=sqlalchemy<2.1"]
+
+# What the node returns is a model.
+MODEL = CATALOG.replace("report:", "text:").replace("line:", "report:")
+
+
+def test_a_server_that_is_too_old_for_models_is_told_before_they_are_made(
+    on: Reach, plain: Served
+) -> None:
+    def answer(path: str, headers: Mapping[str, str]) -> Answer | None:
+        return (200, OLD) if path == "/version" else None
+
+    with counting_proxy(plain.port, answer) as proxy:
+        project = on(proxy.uri)
+        project.catalog(MODEL)
+
+        told = refused(project)
+
+    what = f"is an MLflow server of version {OLD}, which can't keep models of MLflow "
+    what += f"{mlflow.__version__}: update it to 3.0 or newer, or take the models out of the "
+    what += "pipeline"
+    assert told == f"conf/local/mlflow.yml:2: server.mlflow_tracking_uri: {proxy.uri} {what}"
+
+
+@pytest.mark.thorough
+def test_an_mlflow_server_of_version_2_keeps_runs_and_is_told_to_be_too_old_for_models(
+    on: Reach, tmp_path: Path
+) -> None:
+    old = ["uv", "tool", "run", f"--from=mlflow=={OLD}", *AGE, "mlflow"]
+    with mlflow_server(tmp_path, mlflow=old, ready="Listening at") as port:
+        project = on(f"http://127.0.0.1:{port}")
+        project.catalog(MODEL)
+        told = refused(project)
+        assert f"is an MLflow server of version {OLD}" in told
+
+        project.catalog(CATALOG.partition("line:")[0])
+        project.pipeline(WITNESS)
+        project.run()
+
+        (failed, finished) = sorted(project.all_runs(), key=lambda run: run.info.start_time)
+        assert (failed.info.status, finished.info.status) == ("FAILED", "FINISHED")
+        assert told in failed.data.tags["kedro_error"]
+        (file,) = project.client.list_artifacts(finished.info.run_id)
+        assert file.path == "report.txt"

@@ -16,8 +16,8 @@ MODULES = sorted(RUNTIME.rglob("*.py"))
 
 # Kedro and MLflow, and what comes with them.
 INSTALLED = set(
-    "click cloudpickle fsspec kedro mlflow omegaconf packaging pandas pydantic pydantic_core rich "
-    "yaml".split()
+    "click cloudpickle fsspec kedro mlflow numpy omegaconf packaging pandas pydantic pydantic_core "
+    "requests rich sqlalchemy yaml".split()
 )
 
 # What is a model of MLflow, and what logs it: imported in functions, where a model is at hand.

@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -360,9 +360,23 @@ def track(
                 if isinstance(candidate, TrackedDataset):
                     candidate.in_chunks = name in in_chunks
                     candidate.bind(server, run, name)
+        logs_models = run is not None and _logs_models(pipeline, datasets)
+        if logs_models and (lack := failures.lack_of_models(server)):
+            raise mistake(context, lack.key, str(lack))
     except BaseException as error:  # a dataset may look at its place, which may not be reachable
         fail(catalog, error)
         raise
+
+
+def _logs_models(pipeline: Pipeline, datasets: Mapping[str, Any]) -> bool:
+    """Tell whether a pipeline, or one of its datasets, logs a model."""
+    from .datasets.models import MlflowModelTrackingDataset
+
+    if isinstance(pipeline, PipelineML) and not pipeline.missing:
+        return True
+    saved = [datasets[name] for name in pipeline.all_outputs() if name in datasets]
+    inner = [getattr(dataset, "_dataset", None) for dataset in saved]  # of a CachedDataset
+    return any(isinstance(dataset, MlflowModelTrackingDataset) for dataset in [*saved, *inner])
 
 
 def _parameters(

@@ -6,6 +6,7 @@ nowhere else. What isn't known here stays as it was raised.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import ssl
@@ -22,6 +23,8 @@ from .server import SettingError
 
 if TYPE_CHECKING:
     from .server import Server
+
+logger = logging.getLogger(__name__)
 
 ADDRESS = ("server", "mlflow_tracking_uri")
 CREDENTIALS = ("server", "credentials")
@@ -336,22 +339,30 @@ def _of_proxy(causes: list[BaseException], place: str, server: str) -> str | Non
     )
 
 
-def of_model(error: BaseException, server: Server) -> str | None:
-    """Say that a server knows no logged models; None for an error of another kind."""
+def lack_of_models(server: Server) -> SettingError | None:
+    """Say that a server is older than the models of this MLflow, which it can't log then.
+
+    One request, for pipelines that log models: else they would fail when all has run.
+    """
     from mlflow.exceptions import MlflowException
+    from mlflow.utils.credentials import get_default_host_creds
+    from mlflow.utils.rest_utils import http_request
 
-    answer = _first(_causes(error), MlflowException)
-    if answer is None or "/logged-models" not in answer.message or _status(answer) != 404:
+    if not server.tracking_uri.startswith(("http://", "https://")):
         return None
-    return too_old(server)
-
-
-def too_old(server: Server) -> str:
-    """Say that a server is older than models need."""
-    return (
-        f"{shown_uri(server.tracking_uri)} knows no logged models, which MLflow has since 3.0 "
-        f"(this project has {version('mlflow')}): update the server, or take models out of the "
-        "pipeline."
+    try:
+        answer = http_request(get_default_host_creds(server.tracking_uri), "/version", "GET")
+    except MlflowException as error:
+        logger.info("The server doesn't tell its version: %s", error)
+        return None
+    found = re.fullmatch(r"([012])\.\d+\.\S+", answer.text.strip())
+    if answer.status_code != 200 or found is None:
+        return None
+    return SettingError(
+        ADDRESS,
+        f"{shown_uri(server.tracking_uri)} is an MLflow server of version {found[0]}, which can't "
+        f"keep models of MLflow {version('mlflow')}: update it to 3.0 or newer, or take the models "
+        "out of the pipeline",
     )
 
 
