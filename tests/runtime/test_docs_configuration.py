@@ -23,7 +23,7 @@ from mlflow.tracking.request_header.registry import (
 from pydantic import BaseModel
 
 from runtime.config import MlflowConfig
-from runtime.loading import anchor_uri
+from runtime.loading import anchor_uri, read_credentials
 
 from ..conftest import REPOSITORY
 from .conftest import Project
@@ -203,6 +203,13 @@ def test_runs_are_kept_in_the_file_or_on_the_server_that_is_named(
     assert project.all_runs() == []
     assert len(in_store(project, store)) == 1
 
+    # Runs on PostgreSQL are among the tests of back ends.
+    section.write()
+    section.write()
+    context = context_of(project)
+    assert context.mlflow.server.mlflow_tracking_uri.startswith("postgresql+psycopg2://ada@")
+    assert read_credentials(context) == {"PGPASSWORD": "change-me"}
+
 
 @pytest.mark.parametrize(("written", "read"), rows("Where runs are kept"))
 def test_uris_are_read_as_the_guide_says(written: str, read: str) -> None:
@@ -256,6 +263,12 @@ def test_requests_carry_the_credentials(
     server.headers.clear()
     section.project.run()
     assert {headers.get("Authorization") for headers in server.headers} == {"Bearer t0p"}
+
+    # Runs with these are among the tests of back ends.
+    section.write()
+    given = read_credentials(context_of(section.project))
+    assert given["MLFLOW_TRACKING_SERVER_CERT_PATH"] == "/etc/ssl/certs/company-ca.pem"
+    assert given["MLFLOW_S3_ENDPOINT_URL"] == "https://s3.example.org"
 
 
 @pytest.fixture
@@ -493,6 +506,14 @@ def test_mistakes_are_told_as_the_guide_shows(section: Section) -> None:
     told = ended.stderr.removeprefix("Error: ")
     assert sorted(told.splitlines()) == sorted(section.output().splitlines())
     assert section.project.all_runs() == []
+
+    port = free_port()
+    address = f"http://127.0.0.1:{port}"
+    section.project.mlflow_yml(f"server:\n  mlflow_tracking_uri: {address}\n")
+    ended = section.project.kedro("run", MLFLOW_HTTP_REQUEST_MAX_RETRIES="0")
+    assert ended.returncode == 1
+    told = ended.stderr.removeprefix("Error: ")
+    assert told == section.output().replace(ADDRESSES["server"], address)
 
 
 @describes("A file with all keys")

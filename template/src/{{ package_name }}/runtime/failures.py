@@ -331,10 +331,11 @@ def _of_proxy(causes: list[BaseException], place: str, server: str) -> str | Non
     found = re.search(r"too many (\d+) error|^(\d+) ", str(failed))
     status = response.status_code if response is not None else found and (found[1] or found[2])
     where = f"{_NOT_STORED} {place} of {server}"
+    did = f"answered {status}" if status else "closed the connection"
     if str(status) in ("401", "403"):
         return f"{where}: the server answered {status}. See to the permissions, and to {ENTRY}."
     return (
-        f"{where}: the server answered {status or 'nothing'}. Its log says why: see to its "
+        f"{where}: the server {did}. Its log says why: see to its "
         "--artifacts-destination, and to the bucket and the keys that the server has for it."
     )
 

@@ -82,7 +82,9 @@ def _part_when_forked() -> None:
 
     Two processes on one connection take each other's answers, or wait for ever.
     """
-    from sqlalchemy import Connection, Engine, Pool, event
+    from sqlalchemy import event
+    from sqlalchemy.engine import Connection, Engine
+    from sqlalchemy.pool import Pool
 
     engines: WeakSet[Engine] = WeakSet()
     inherited: list[Pool] = []  # for good: what is collected would be closed
@@ -187,7 +189,8 @@ def _prepare_database(uri: str, experiment: ExperimentOptions) -> None:
     MLflow knocks ten times, for more than a minute, at one that refuses the password.
     """
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
-    from sqlalchemy import NullPool, create_engine, inspect, text
+    from sqlalchemy import create_engine, inspect, text
+    from sqlalchemy.pool import NullPool
 
     with create_engine(uri, poolclass=NullPool).connect() as connection:
         if inspect(connection).has_table("alembic_version"):
