@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import logging
 import sys
-import sysconfig
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import cloudpickle  # type: ignore[import-untyped] # comes with MLflow
 import mlflow.pyfunc
+import numpy as np
 import yaml
 from mlflow.exceptions import MlflowException
 from mlflow.models import (
     Model,
+    ModelSignature,
     convert_input_example_to_serving_input,
     infer_signature,
-    validate_schema,
 )
+from mlflow.models.utils import _enforce_schema
 from mlflow.pyfunc.model import PythonModelContext
+from mlflow.types import Schema
+from mlflow.utils.environment import _parse_pip_requirements
 
 from .datasets.files import uncached
 from .datasets.models import REFUSED_IN_NAME
@@ -34,7 +38,6 @@ from .requirements import needed
 
 if TYPE_CHECKING:
     from kedro.io import DataCatalog
-    from mlflow.models import ModelSignature
     from mlflow.models.model import ModelInfo
 
     from .params import Secrets
@@ -44,6 +47,9 @@ logger = logging.getLogger(__name__)
 
 # Rows to predict from for the signature and the requirements.
 EXAMPLE_ROWS = 5
+
+# Folders of packages that the requirements bring.
+_INSTALLED = {"site-packages", "dist-packages"}
 
 
 def check(
@@ -87,6 +93,10 @@ def check(
                 "taken from its data: give it an entry in catalog.yml, or give log_model_kwargs "
                 f"a {name}, which may be None."
             )
+    try:
+        cloudpickle.dumps(model)
+    except Exception as error:  # whatever an object of the nodes or the runner raises
+        raise PipelineError(f"The inference pipeline can't be pickled: {error}") from error
     signature = arguments.get("signature")
     if isinstance(signature, str) and signature != "auto":
         raise PipelineError(
@@ -118,11 +128,12 @@ def log(
         example = None
         if arguments.get("signature") == "auto":
             arguments["signature"], example = _infer(model, artifacts, catalog)
+        elif arguments.get("signature") is None:
+            arguments["signature"] = False  # or MLflow infers one without the parameters
         if arguments.get("input_example") == "auto":
-            rows = _first_rows(catalog.load(model.input_name)) if example is None else example
-            arguments["input_example"] = None if rows is None else rows[:1]
-        code = [str(path) for path in _own_code(model, package)]
-        arguments["code_paths"] = [*code, *(arguments.get("code_paths") or ())]
+            rows = catalog.load(model.input_name) if example is None else example
+            arguments["input_example"] = _first_rows(rows, 1)
+        arguments["code_paths"] = _code(model, package, arguments.get("code_paths") or ())
         save = partial(_save, package, example, python_model=model, artifacts=artifacts)
         info = run.log_model(
             # MLflow's own way to log models of a kind of one's own.
@@ -141,40 +152,68 @@ def log(
 
 def _infer(
     model: KedroPipelineModel, artifacts: dict[str, str], catalog: DataCatalog
-) -> tuple[ModelSignature | None, Any]:
+) -> tuple[ModelSignature, Any]:
     """Infer the signature; gives also rows of the input that the model can predict from.
 
     What can't be inferred is told in a warning: it must not cost the model of a long training.
     """
     data = catalog.load(model.input_name)
-    rows = _first_rows(data)
+    rows = _first_rows(data, EXAMPLE_ROWS)
     predicted: Any = None
     if rows is not None:
         model.load_context(PythonModelContext(artifacts, None))
         try:
-            predicted = model.predict(None, rows)
+            predicted = model.predict(None, deepcopy(rows))
         except Exception as error:  # whatever the nodes raise
             logger.warning("The model can't predict from the first rows of its input: %s", error)
             rows = None
+    name = repr(model.input_name)
+    signature = ModelSignature(
+        inputs=_tried(_input_schema, data, rows, what=f"schema of its input {name}"),
+        outputs=_tried(_output_schema, predicted, what="schema of its output"),
+        params=infer_signature(params=_inferable(model.inference_params)).params,
+    )
+    return signature, _tried(_jsonable, rows, what=f"example of its input {name}")
+
+
+def _tried(describe: Callable[..., Any], *data: Any, what: str) -> Any:
     try:
-        signature = infer_signature(data, predicted, _inferable(model.inference_params))
-        if rows is not None:
-            validate_schema(rows, signature.inputs)
-            convert_input_example_to_serving_input(rows)
+        return describe(*data)
     except (MlflowException, TypeError, ValueError) as error:
-        logger.warning("No signature can be inferred from %r: %s", model.input_name, error)
-        return None, None
-    return signature, rows
+        logger.warning("The model gets no %s: %s", what, error)
+        return None
 
 
-def _first_rows(data: Any) -> Any:
+def _input_schema(data: Any, rows: Any) -> Schema:
+    """Describe the input, if the model is then still handed what its nodes expect.
+
+    MLflow makes a table of a list or a dictionary when it has a schema for them.
+    """
+    schema: Schema = infer_signature(data).inputs
+    handed = _enforce_schema(data if rows is None else deepcopy(rows), schema)
+    if not isinstance(handed, type(data)):
+        raise TypeError(f"with it, a {type(data).__name__} becomes a {type(handed).__name__}")
+    return schema
+
+
+def _output_schema(predicted: Any) -> Schema | None:
+    return None if predicted is None else infer_signature(model_output=predicted).outputs
+
+
+def _jsonable(rows: Any) -> Any:
+    if rows is not None:
+        convert_input_example_to_serving_input(rows)
+    return rows
+
+
+def _first_rows(data: Any, rows: int) -> Any:
     """Give a few rows of what is in memory; None for other kinds of data."""
     package = type(data).__module__.partition(".")[0]
-    if package == "pandas":
-        return data.head(EXAMPLE_ROWS)
-    if package == "numpy" or isinstance(data, list):
-        return data[:EXAMPLE_ROWS]
-    return None
+    if package == "pandas" and hasattr(data, "head"):
+        return data.head(rows)
+    if isinstance(data, list) or (package == "numpy" and np.ndim(data)):
+        return data[:rows]
+    return data if isinstance(data, dict | str | int | float) else None
 
 
 def _inferable(params: Mapping[str, Any]) -> dict[str, Any]:
@@ -209,13 +248,15 @@ def _save(package: str, example: Any, *, path: str, mlflow_model: Model, **argum
             file.unlink()
         mlflow_model.saved_input_example_info = None  # type: ignore[assignment]
     if inferred:
-        _write_requirements(Path(path), package)
+        given = _parse_pip_requirements(arguments.get("extra_pip_requirements"))[0]
+        modules = arguments["python_model"].modules
+        _write_requirements(Path(path), package, modules, given)
     for artifact in mlflow_model.flavors["python_function"].get("artifacts", {}).values():
         artifact["uri"] = artifact["path"]
     mlflow_model.artifact_path = f"models:/{mlflow_model.model_id}"
     mlflow_model.save(str(Path(path, "MLmodel")))
     for file in Path(path, "artifacts").rglob("MLmodel"):
-        _forget_location(file)
+        _forget_locations(file)
 
 
 @contextmanager
@@ -233,18 +274,24 @@ def _no_advice() -> Iterator[None]:
         mlflow_logger.removeFilter(is_other)
 
 
-def _forget_location(file: Path) -> None:
-    """Take out of the description of a model in which folder or bucket it was logged."""
+def _forget_locations(file: Path) -> None:
+    """Take out of the description of a model where it, and what is in it, were before."""
     description = yaml.safe_load(file.read_text("utf-8"))
+    artifacts = description["flavors"].get("python_function", {}).get("artifacts") or {}
+    for artifact in artifacts.values():
+        artifact["uri"] = artifact["path"]
     if "model_id" in description:
         description["artifact_path"] = f"models:/{description['model_id']}"
-        file.write_text(yaml.safe_dump(description), encoding="utf-8")
+    file.write_text(yaml.safe_dump(description), encoding="utf-8")
 
 
-def _write_requirements(folder: Path, package: str) -> None:
+def _write_requirements(
+    folder: Path, package: str, modules: Iterable[str], given: Iterable[str]
+) -> None:
     """Keep of the requirements, which MLflow has in two files, those that are needed."""
     requirements, conda = folder / "requirements.txt", folder / "conda.yaml"
-    lines = needed(requirements.read_text("utf-8").splitlines(), package, folder / "code")
+    lines = requirements.read_text("utf-8").splitlines()
+    lines = needed(lines, package, folder / "code", modules, given)
     requirements.write_text("\n".join(lines), encoding="utf-8")
     environment = yaml.safe_load(conda.read_text("utf-8"))
     for dependency in environment["dependencies"]:
@@ -253,25 +300,26 @@ def _write_requirements(folder: Path, package: str) -> None:
     conda.write_text(yaml.safe_dump(environment, default_flow_style=False), encoding="utf-8")
 
 
-def _own_code(model: KedroPipelineModel, package: str) -> list[Path]:
-    """List where the project's package is, and the modules of nodes that aren't installed."""
-    modules = {_module_of(node.func).partition(".")[0] for node in model.pipeline.nodes}
-    installed = [Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")]
-    code = [_source_of(package)]
-    for module in sorted(modules - {package, "__main__", *sys.stdlib_module_names}):
-        source = _source_of(module)
-        if not any(source.is_relative_to(folder) for folder in installed):
-            code.append(source)
-    return code
+def _code(model: KedroPipelineModel, package: str, given: Iterable[str]) -> list[str]:
+    """List the code for the model: the package, what else of it isn't installed, what is given."""
+    others = {name.partition(".")[0] for name in model.modules} - {
+        package,
+        "__main__",
+        *sys.stdlib_module_names,
+    }
+    found = [path for path in map(_source_of, sorted(others)) if path]
+    own = [path for path in found if not _INSTALLED.intersection(path.parts)]
+    if path := _source_of(package):
+        own.insert(0, path)
+    there = [path.resolve() for path in own]
+    return [*map(str, own), *(path for path in given if Path(path).resolve() not in there)]
 
 
-def _module_of(function: Any) -> str:
-    while isinstance(function, partial):
-        function = function.func
-    return str(getattr(function, "__module__", None) or type(function).__module__)
-
-
-def _source_of(module: str) -> Path:
-    """Give the folder of a package, or the file of a module."""
-    file = Path(inspect.getsourcefile(importlib.import_module(module)) or "")
-    return file.parent if file.name == "__init__.py" else file
+def _source_of(module: str) -> Path | None:
+    """Give the folder of a package, or the file of a module; None when it has neither."""
+    spec = getattr(sys.modules.get(module), "__spec__", None)
+    if spec is None:
+        return None
+    folders = list(spec.submodule_search_locations or ())
+    place = folders[0] if folders else spec.origin if spec.has_location else None
+    return Path(place) if place else None

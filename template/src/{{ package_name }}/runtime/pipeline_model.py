@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextvars import ContextVar
 from functools import partial
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
 import cloudpickle  # type: ignore[import-untyped] # comes with MLflow
 import kedro.runner
+from kedro.framework.hooks.manager import _NullPluginManager
 from kedro.io import (
     AbstractDataset,
     DataCatalog,
@@ -21,6 +23,7 @@ from kedro.io import (
 )
 from kedro.pipeline import Pipeline
 from kedro.runner import AbstractRunner, ParallelRunner, SequentialRunner
+from kedro.runner.task import Task
 from mlflow.exceptions import MlflowException
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
@@ -33,6 +36,12 @@ _COPY_MODES = ("assign", "copy", "deepcopy", None)
 
 # Kedro's runners that a request for a prediction may name.
 _RUNNERS = ("SequentialRunner", "ThreadRunner", "ParallelRunner")
+
+# The entry of a prediction's catalog that keeps hooks out of the workers.
+_NO_HOOKS = "model:no_hooks"
+
+# Kinds of arguments that need not be given.
+_VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 # Where a dataset that is in no file has its data.
 _PICKLE = "data.pkl"
@@ -69,8 +78,10 @@ class KedroPipelineModel(PythonModel):
         runner: AbstractRunner | None = None,
         copy_mode: str | Mapping[str, str | None] | None = "assign",
     ) -> None:
-        self.pipeline = pipeline.inference if isinstance(pipeline, PipelineML) else pipeline
-        check_inference(self.pipeline, input_name)
+        inference = pipeline.inference if isinstance(pipeline, PipelineML) else pipeline
+        check_inference(inference, input_name)
+        # What a node confirms to have processed is a matter of the project's datasets.
+        self.pipeline = Pipeline([node._copy(confirms=None) for node in inference.nodes])
         self.input_name = input_name
         (self.output_name,) = self.pipeline.outputs()
         self.parameters: dict[str, Any] = {}
@@ -78,7 +89,7 @@ class KedroPipelineModel(PythonModel):
         self._runner_name = _name_of(type(runner or SequentialRunner()))
         self._make_runner = _recipe(runner or SequentialRunner())
         self._sources: dict[str, Mapping[str, Any] | None] = {}
-        self._datasets: dict[str, AbstractDataset[Any, Any]] = {}
+        self._datasets = _Here()
         self._data: dict[str, Any] | None = None
         for name in sorted(self.pipeline.inputs() - {input_name}):
             dataset = uncached(catalog.get(name))
@@ -95,6 +106,14 @@ class KedroPipelineModel(PythonModel):
                 self._datasets[name] = dataset
 
     @property
+    def modules(self) -> set[str]:
+        """The modules that its nodes, datasets and runner are from."""
+        used = [self._make_runner, *(node.func for node in self.pipeline.nodes)]
+        for source in self._sources.values():
+            used += _types_in(source)
+        return {_module_of(thing) for thing in used}
+
+    @property
     def inference_params(self) -> dict[str, Any]:
         """The parameters that a request may change, with their values here, and the runner."""
         own = {name.removeprefix("params:"): value for name, value in self.parameters.items()}
@@ -109,12 +128,10 @@ class KedroPipelineModel(PythonModel):
         Raises:
             DatasetError: When a dataset has nothing to load.
         """
+        self._expect(self._datasets, "a model that was pickled has left its datasets behind")
         artifacts = {}
-        for number, (name, dataset) in enumerate(self._datasets.items()):
-            folder = parameters_saving_folder / _file_name(name)
-            if folder.exists():  # another name that differs in what files can't have
-                folder = folder.with_name(f"{folder.name}_{number}")
-            folder.mkdir(parents=True)
+        for name, dataset in self._datasets.items():
+            folder = _new_folder(parameters_saving_folder / _file_name(name))
             try:
                 self._sources[name] = _copy(dataset, folder)
             except DatasetError as error:
@@ -125,14 +142,16 @@ class KedroPipelineModel(PythonModel):
     def load_context(self, context: PythonModelContext) -> None:
         """Load every dataset that travels with the model into memory."""
         artifacts = context.artifacts or {}
-        if missing := self._sources.keys() ^ artifacts.keys():
-            raise PipelineError(
-                "The model and its artifacts don't fit: expected as artifacts what "
-                f"extract_pipeline_artifacts gives, got another set of {sorted(missing)}"
-            )
-        loaded = {name: _load(self._sources[name], Path(artifacts[name])) for name in artifacts}
+        for given in (self._sources, artifacts):
+            self._expect(given, "log_model needs the artifacts of extract_pipeline_artifacts")
+        loaded = {name: _load(self._sources[name], Path(artifacts[name])) for name in self._sources}
         self._data = {**self.parameters, **loaded}
         logging.getLogger("kedro.pipeline.node").addFilter(_no_nodes)
+
+    def _expect(self, given: Collection[str], otherwise: str) -> None:
+        persisted = self.pipeline.inputs() - {self.input_name, *self.parameters}
+        if missing := sorted(persisted.difference(given)):
+            raise PipelineError(f"The model lacks {', '.join(missing)}: {otherwise}")
 
     def predict(  # type: ignore[no-untyped-def]
         self,
@@ -170,25 +189,32 @@ class KedroPipelineModel(PythonModel):
         return data[self.output_name]
 
     def _run(self, runner: AbstractRunner, data: Mapping[str, Any]) -> Any:
-        kind = SharedMemoryDataCatalog if isinstance(runner, ParallelRunner) else DataCatalog
-        catalog = kind(
-            datasets={
-                name: MemoryDataset(value, copy_mode=self._copy_modes[name])  # type: ignore[arg-type]
-                for name, value in data.items()
-            }
-        )
+        datasets = {name: self._in_memory(name, value) for name, value in data.items()}
+        if isinstance(runner, ParallelRunner):  # which makes datasets that processes can share
+            hooks = MemoryDataset(_NoHooks(), copy_mode="assign")
+            catalog: DataCatalog = SharedMemoryDataCatalog({**datasets, _NO_HOOKS: hooks})
+        else:
+            made = {name: self._in_memory(name) for name in self.pipeline.all_outputs()}
+            catalog = DataCatalog({**datasets, **made})
         return runner.run(self.pipeline, catalog)[self.output_name].load()
 
-    def _handed(self, name: str, value: Any) -> Any:
+    def _in_memory(self, name: str, *value: Any) -> MemoryDataset:
         mode = self._copy_modes[name]
-        if mode == "assign":
+        if mode == "copy" and not all(hasattr(data, "copy") for data in value or [None]):
+            mode = None  # Kedro's choice for a number, and for what isn't known yet
+        return MemoryDataset(*value, copy_mode=mode)  # type: ignore[arg-type, misc]
+
+    def _handed(self, name: str, value: Any) -> Any:
+        if self._copy_modes[name] == "assign":
             return value
-        return MemoryDataset(value, copy_mode=mode).load()  # type: ignore[arg-type]
+        return self._in_memory(name, value).load()
 
     def _overridden(self, given: Mapping[str, Any]) -> dict[str, Any]:
         values = {}
         for name, value in given.items():
-            dataset = name if name == "parameters" else f"params:{name}"
+            dataset = f"params:{name}"
+            if name == "parameters" and dataset not in self.parameters:
+                dataset = name
             if dataset not in self.parameters:
                 raise _refused(f"params: unknown {name!r}, expected {self._known_params()}")
             values[dataset] = value
@@ -208,8 +234,18 @@ class KedroPipelineModel(PythonModel):
         return runner
 
     def __getstate__(self) -> dict[str, Any]:
-        # The datasets of the place where it was made, with its paths and credentials, stay there.
-        return {**self.__dict__, "_datasets": {}, "_data": None}
+        # MLflow may load a model before it pickles it. Its data travels as artifacts.
+        return {**self.__dict__, "_data": None if self._datasets else self._data}
+
+
+class _Here(dict[str, AbstractDataset[Any, Any]]):
+    """The datasets of the place where a model is made: their paths and credentials stay there."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Here, ()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Here:
+        return self
 
 
 def _copy(dataset: AbstractDataset[Any, Any], folder: Path) -> Mapping[str, Any] | None:
@@ -229,8 +265,34 @@ def _load(source: Mapping[str, Any] | None, folder: Path) -> Any:
     return load_copy(source, folder)
 
 
+def _types_in(source: Any) -> Iterator[Any]:
+    """Give the type of a dataset, and of the one inside it, from its configuration."""
+    if isinstance(source, Mapping):
+        yield source["type"]
+        yield from _types_in(source.get("dataset"))
+    elif source is not None:
+        yield source
+
+
+def _module_of(thing: Any) -> str:
+    """Name the module of a class or function; of what is named as in catalog.yml, too."""
+    while isinstance(thing, partial):
+        thing = thing.func
+    if isinstance(thing, str):
+        return thing
+    return str(getattr(thing, "__module__", None) or type(thing).__module__)
+
+
 def _file_name(dataset: str) -> str:
     return "".join(c if c.isalnum() or c in "-_." else "_" for c in dataset)
+
+
+def _new_folder(wanted: Path) -> Path:
+    """Make a folder; with a number when there is one that other characters were left out of."""
+    names = chain([wanted.name], (f"{wanted.name}_{number}" for number in count(2)))
+    folder = next(path for path in map(wanted.with_name, names) if not path.exists())
+    folder.mkdir(parents=True)
+    return folder
 
 
 def _copy_modes(
@@ -256,11 +318,16 @@ def _name_of(runner: type[AbstractRunner]) -> str:
 def _recipe(runner: AbstractRunner) -> Callable[[], AbstractRunner]:
     """Give what makes such a runner: one that was started can't travel, nor be shared."""
     kind = type(runner)
-    options = {
-        name: getattr(runner, f"_{name}")
-        for name in inspect.signature(kind).parameters
-        if hasattr(runner, f"_{name}")
-    }
+    options = {}
+    for name, parameter in inspect.signature(kind).parameters.items():
+        kept_as = [attribute for attribute in (f"_{name}", name) if hasattr(runner, attribute)]
+        if kept_as:
+            options[name] = getattr(runner, kept_as[0])
+        elif parameter.default is parameter.empty and parameter.kind not in _VARIABLE:
+            raise PipelineError(
+                f"runner: {kind.__name__} can't travel with a model: expected it to keep its "
+                f"argument {name!r} as self.{name} or self._{name}"
+            )
     if kind is SequentialRunner and not any(options.values()):
         return SequentialRunner
     return partial(kind, **options)
@@ -269,6 +336,21 @@ def _recipe(runner: AbstractRunner) -> Callable[[], AbstractRunner]:
 def _refused(what: str) -> MlflowException:
     """Make the error that MLflow's scoring server answers with status 400."""
     return MlflowException.invalid_parameter_value(what)  # type: ignore[no-any-return]
+
+
+class _NoHooks:
+    """Reaches each worker of a prediction within its first task, and keeps hooks out of it.
+
+    Kedro's tasks register the project's hooks in every worker, if the project is known there.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _keep_hooks_out, ()
+
+
+def _keep_hooks_out() -> _NoHooks:
+    Task._run_node_synchronization = _NullPluginManager  # type: ignore[method-assign]
+    return _NoHooks()
 
 
 class _NoNodes(logging.Filter):

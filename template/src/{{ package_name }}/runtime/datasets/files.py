@@ -134,8 +134,8 @@ def copy_files(dataset: AbstractDataset[Any, Any], folder: Path) -> dict[str, An
     if not has_file(dataset) or _path_argument(config) is None or _QUERY_ARGUMENT in config:
         return None
     name = PurePosixPath(location(dataset, None)[1]).name
-    dataset.release()  # another process may have saved a later version
-    file_system, path = location(dataset, "load")
+    dataset.release()  # another process may have saved a version
+    file_system, path = location(dataset, "save" if _is_of_this_run(dataset) else "load")
     found = files(file_system, path)
     if not found:
         raise DatasetError(f"{type(dataset).__name__} has nothing to load at '{path}'.")
@@ -144,6 +144,17 @@ def copy_files(dataset: AbstractDataset[Any, Any], folder: Path) -> dict[str, An
         copy.parent.mkdir(parents=True, exist_ok=True)
     file_system.get(found, [str(copy) for copy in copies])
     return moved(config, name)
+
+
+def _is_of_this_run(dataset: Any) -> bool:
+    """Tell whether there is the version that this run saves, when it isn't to load another.
+
+    Another run may have saved a later one meanwhile.
+    """
+    version = getattr(dataset, "_version", None)
+    if version is None or version.load or not version.save:
+        return False
+    return bool(files(*location(dataset, "save")))
 
 
 def load_copy(config: Mapping[str, Any], folder: Path) -> Any:
