@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tests.runtime.servers import CountingProxy, counting_proxy, mlflow_server
 
-from . import report
+from . import report, scale
 from .cases import (
     CASES,
     COMMANDS,
@@ -40,6 +40,8 @@ def main(arguments: Sequence[str]) -> int:
     options = _parser().parse_args(arguments)
     # Who is told to stop stops the server too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("Stopped."))
+    if options.scale:
+        return scale.main(options.environments.resolve())
     chosen = [what for what in (*CASES, *COMMANDS) if re.search(options.only, what.name)]
     predictions = [what for what in PREDICTIONS if re.search(options.only, what.name)]
     stores: tuple[Store, ...] = (options.store,) if options.store else STORES
@@ -130,6 +132,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--only", default="", metavar="PATTERN", help="what has a name that matches"
+    )
+    parser.add_argument(
+        "--scale", action="store_true", help="how it grows with nodes and runs, instead of all else"
     )
     parser.add_argument("--store", choices=STORES, help="both when left out")
     parser.add_argument(

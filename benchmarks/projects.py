@@ -145,8 +145,15 @@ class Project:
 
     def kedro(self, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
         """Run `kedro …` in a process of its own."""
+        return self._run("kedro", *words, **variables)
+
+    def python(self, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        """Run `python …` in a process of its own."""
+        return self._run("python", *words, **variables)
+
+    def _run(self, command: str, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [str(self.environment / "bin" / "kedro"), *words],
+            [str(self.environment / "bin" / command), *words],
             cwd=self.path,
             env={**process_variables(), **variables},
             capture_output=True,

@@ -161,7 +161,7 @@ def tables(results: Sequence[Measured], predictions: Sequence[MeasuredPrediction
     ]
     parts: list[tuple[Sequence[str], Sequence[Sequence[str]]]]
     parts = [(RUNS_HEADER, runs), (COMMANDS_HEADER, commands), (PREDICTIONS_HEADER, predicted)]
-    return "\n\n".join(_table(header, rows) for header, rows in parts if rows)
+    return "\n\n".join(table(header, rows) for header, rows in parts if rows)
 
 
 def page(
@@ -192,12 +192,13 @@ def _measured_on(repetitions: int) -> str:
         mlflow=version("mlflow"),
         peer=PEER,
         peer_version=PEER_VERSION,
-        cores=_cores(),
+        cores=cores(),
         repetitions=repetitions,
     )
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Write a table as Markdown, the first column to the left."""
     rule = ["---"] + ["---:"] * (len(header) - 1)
     return "\n".join(f"| {' | '.join(row)} |" for row in (header, rule, *rows))
 
@@ -223,7 +224,8 @@ def _microseconds(seconds: float | None) -> str:
     return "failed" if seconds is None else f"{seconds * 1e6:,.0f}"
 
 
-def _cores() -> int:
+def cores() -> int:
+    """Tell how many processors there are to use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
