@@ -1056,6 +1056,45 @@ def test_the_arguments_of_log_model_have_their_effect(project: Project) -> None:
     assert model.predict([1.0]) == DEFAULT
 
 
+BESIDE = """
+from kedro.pipeline import Node, Pipeline
+from steps_PACKAGE.scaling import scale
+
+from PACKAGE.runtime import pipeline_ml_factory
+
+
+def create_pipeline():
+    return pipeline_ml_factory(
+        Pipeline([Node(lambda factor: {"weight": factor}, "params:factor", "weights")]),
+        Pipeline([Node(scale, ["new", "weights"], "answer")]),
+        "new",
+        log_model_kwargs={"pip_requirements": []},
+    )
+"""
+
+
+def test_modules_beside_the_package_that_nodes_and_datasets_are_from_travel(
+    project: Project,
+) -> None:
+    write_small(project)
+    project.pipeline(BESIDE, "training")
+    project.write(
+        "src/steps_PACKAGE/scaling.py".replace("PACKAGE", project.package),
+        "def scale(new, weights):\n    return [x * weights['weight'] for x in new]\n",
+    )
+    project.write(
+        "src/kinds_PACKAGE.py".replace("PACKAGE", project.package),
+        "from kedro_datasets.json import JSONDataset\nclass Own(JSONDataset):\n    pass\n",
+    )
+    own = "weights: {type: kinds_PACKAGE.Own,"
+    project.catalog(SMALL_CATALOG.replace("weights: {type: json.JSONDataset,", own))
+    project.run(pipeline_names=["training"])
+
+    answer = without_project(project, folder_of(project), "print(json.dumps(model.predict([1.0])))")
+
+    assert answer == [3.0]
+
+
 def test_a_conda_environment_is_taken_as_it_is(project: Project) -> None:
     environment = {"name": "own", "dependencies": ["python=3.11", {"pip": ["kedro", "emoji"]}]}
     write_small(project, repr({"pip_requirements": None, "conda_env": environment}))
