@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
@@ -95,6 +96,12 @@ class Project:
         """The one run that there has to be."""
         (run,) = self.all_runs()
         return run
+
+
+def heed_signals() -> None:
+    """Let signals do in a process what they do in a terminal, whoever runs the tests."""
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from mlflow.entities import Run
 
-from .conftest import Project
+from .conftest import Project, heed_signals
 from .dask_clusters import Cluster, dask_cluster
 from .servers import CountingProxy
 from .test_runners import CATALOG, NODES, WORK, check_everything
@@ -386,6 +386,7 @@ def create_pipeline():
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        preexec_fn=heed_signals,
     )
     work = dask_project.path / "src" / dask_project.package / "pipelines" / "work"
     while not (work / "begun").exists():

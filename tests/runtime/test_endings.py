@@ -18,7 +18,7 @@ from mlflow.entities import Run
 from runtime import endings
 from runtime.tracking import MARKERS
 
-from .conftest import Project
+from .conftest import Project, heed_signals
 
 RUNNERS = [
     ("SequentialRunner", "fork"),
@@ -109,12 +109,6 @@ def running(
         if alive(process.pid):
             os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
-
-
-def heed_signals() -> None:
-    """Let signals do in a process what they do in a terminal, whoever runs the tests."""
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)
 
 
 def alive(group: int) -> list[int]:
