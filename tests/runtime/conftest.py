@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import lru_cache
 from inspect import signature
@@ -25,6 +26,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 from mlflow.tracking import fluent
+from mlflow.utils.autologging_utils import AUTOLOGGING_INTEGRATIONS
 
 from .servers import CountingProxy, counting_proxy, mlflow_server
 
@@ -159,6 +161,7 @@ def new_project(
     """Make projects whose store doesn't exist yet; leaves no trace of them in this process."""
     monkeypatch.setattr(sys, "path", sys.path[:])
     monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))
+    autologging = deepcopy(AUTOLOGGING_INTEGRATIONS)
     packages = []
 
     def make(**answers: object) -> Project:
@@ -174,6 +177,8 @@ def new_project(
         if module.partition(".")[0] in packages:
             del sys.modules[module]
     mlflow.autolog(disable=True)
+    # Else it keeps away from what a test has switched on or off by itself.
+    AUTOLOGGING_INTEGRATIONS.update(autologging)
     os.environ.pop("MLFLOW_EXPERIMENT_ID", None)  # mlflow.set_experiment leaves it there
     fluent._active_run_stack.set([])
     fluent._active_experiment_id = None
