@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from mlflow.entities import Run
 
 from .conftest import Project, heed_signals
 from .dask_clusters import Cluster, dask_cluster
-from .servers import CountingProxy
+from .servers import CountingProxy, counting_proxy
 from .test_runners import CATALOG, NODES, WORK, check_everything
 
 # What the nodes below need: a place to meet, since they run in other processes than the test.
@@ -401,8 +402,17 @@ def create_pipeline():
     (work / "go on").touch()
 
 
+@pytest.fixture
+def own_proxy(server: CountingProxy) -> Iterator[CountingProxy]:
+    """The server behind a proxy that nobody else asks."""
+    port = urlsplit(server.uri).port
+    assert port
+    with counting_proxy(port) as proxy:
+        yield proxy
+
+
 def test_workers_have_the_credentials_of_the_run_and_nobody_elses(
-    new_project: Callable[..., Project], server: CountingProxy, tmp_path: Path
+    new_project: Callable[..., Project], own_proxy: CountingProxy, tmp_path: Path
 ) -> None:
     code = """
         import os
@@ -420,11 +430,11 @@ def test_workers_have_the_credentials_of_the_run_and_nobody_elses(
             return Pipeline([Node(look, None, "seen"), Node(log, "seen", None, name="log")])
         """
     projects = [
-        new_project(scale_out="dask", tracking_backend="server", tracking_uri=server.uri)
+        new_project(scale_out="dask", tracking_backend="server", tracking_uri=own_proxy.uri)
         for _ in range(2)
     ]
     for project in projects:
-        project.tracking_uri = server.uri
+        project.tracking_uri = own_proxy.uri
         project.pipeline(code)
     first = projects[0]
     first.mlflow_yml("server: {credentials: mlflow}")
@@ -434,11 +444,11 @@ def test_workers_have_the_credentials_of_the_run_and_nobody_elses(
 
     with dask_cluster(tmp_path, *(project.path / "src" for project in projects), workers=1) as one:
         for project in projects:
-            asked = len(server.requests)
+            asked = len(own_proxy.requests)
             ended = project.kedro(*on(one, project))
 
             assert ended.returncode == 1
-            told = server.headers[asked:]
+            told = own_proxy.headers[asked:]
             experiment = project.client.get_experiment_by_name(project.package)
             assert experiment
             (run,) = project.client.search_runs([experiment.experiment_id])
