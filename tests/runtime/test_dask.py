@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,6 @@ from .test_runners import CATALOG, NODES, WORK, check_everything
 MEET = """
 import os
 import signal
-import time
 from pathlib import Path
 
 import mlflow
@@ -32,9 +32,19 @@ from kedro.pipeline import Node, Pipeline
 
 HERE = Path(__file__).parent
 
+def tell(name):
+    os.open(made(name), os.O_RDWR)  # stays open, for those who wait later too
+
 def wait_for(name):
-    while not (HERE / name).exists():
-        time.sleep(0.01)
+    os.close(os.open(made(name), os.O_RDONLY))  # opens when somebody tells
+
+def made(name):
+    place = HERE / f"{name}.fifo"
+    try:
+        os.mkfifo(place)
+    except FileExistsError:  # by another, who tells or waits
+        pass
+    return place
 
 def is_first(name):
     try:
@@ -43,6 +53,22 @@ def is_first(name):
         return False
     return True
 """
+
+
+def fifo(place: Path) -> Path:
+    with suppress(FileExistsError):
+        os.mkfifo(place)
+    return place
+
+
+def tell(place: Path) -> None:
+    """Let the nodes go on that wait, now or later, as long as the tests run."""
+    os.open(fifo(place), os.O_RDWR)
+
+
+def wait_for(place: Path) -> None:
+    """Wait until a node tells."""
+    os.close(os.open(fifo(place), os.O_RDONLY))
 
 
 @pytest.fixture
@@ -146,7 +172,7 @@ def make():
     return [1, 2, 3], os.getpid()
 
 def change(table, me, other):
-    (HERE / me).touch()
+    tell(me)
     wait_for(other)
     table.append(me)
     return table, os.getpid()
@@ -252,7 +278,7 @@ def test_data_that_is_lost_with_its_worker_fails_the_run(
         MEET
         + """
 def make(me, other):
-    (HERE / me).touch()
+    tell(me)
     wait_for(other)
     return os.getpid()
 
@@ -298,7 +324,7 @@ def work(number):
     if is_first("raising"):
         wait_for("begun")
         raise ValueError("no penguins")
-    (HERE / "begun").touch()
+    tell("begun")
     wait_for("go on")
     mlflow.log_metric(f"after_{number}", number)
 
@@ -318,7 +344,7 @@ def create_pipeline():
     assert process.stdout
     assert any("Waiting for the nodes that have begun" in line for line in process.stdout)
     work = dask_project.path / "src" / dask_project.package / "pipelines" / "work"
-    (work / "go on").touch()
+    tell(work / "go on.fifo")
     output = process.stdout.read()
 
     assert process.wait() == 1
@@ -370,7 +396,7 @@ def test_ctrl_c_ends_the_run_as_killed(
         + """
 def work():
     with mlflow.start_run(nested=True):
-        (HERE / "begun").touch()
+        tell("begun")
         wait_for("go on")
 
 def create_pipeline():
@@ -390,8 +416,7 @@ def create_pipeline():
         preexec_fn=heed_signals,
     )
     work = dask_project.path / "src" / dask_project.package / "pipelines" / "work"
-    while not (work / "begun").exists():
-        assert process.poll() is None
+    wait_for(work / "begun.fifo")
 
     os.killpg(process.pid, signal.SIGINT)
     process.communicate()
@@ -399,7 +424,7 @@ def create_pipeline():
     runs = dask_project.all_runs()
     assert [run.info.status for run in runs] == ["KILLED", "KILLED"]
     assert main_of(runs).data.tags["kedro_error"].startswith("interrupted: ")
-    (work / "go on").touch()
+    tell(work / "go on.fifo")
 
 
 @pytest.fixture

@@ -62,7 +62,8 @@ def _write(path: Path, data: Any) -> None:
     if _is_a(data, "pandas", "DataFrame"):
         try:
             data.to_parquet(path.with_name(f"{path.name}.parquet"))
-        except (ValueError, TypeError, NotImplementedError) as error:  # of Arrow: mixed columns
+        # Arrow raises errors of these kinds for mixed columns, and for types that it doesn't know.
+        except (ValueError, TypeError, NotImplementedError) as error:
             logger.info("%s can't be Parquet and is pickled: %s", path.name, error)
             _pickle(path, data)
         preview = data.head(PREVIEW_ROWS).to_html(max_cols=50)
