@@ -8,7 +8,7 @@ import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from inspect import isgeneratorfunction
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,8 @@ from .loading import (
     register_header_provider,
 )
 from .pipeline_ml import PipelineML
-from .server import SettingError
+from .recording import recording
+from .server import Server, SettingError
 
 if TYPE_CHECKING:
     from kedro.framework.context import KedroContext
@@ -300,7 +301,7 @@ def track(
         # Kedro passes what was typed in any order, another one each time.
         run_params = {**run_params, "pipeline_names": list(dict.fromkeys(_typed()["pipelines"]))}
     names = provenance.pipeline_names(run_params)
-    server = config.server.connection
+    server = _server(config, context)
     # A dataset that can't be made fails here, before there is a run.
     datasets = {name: catalog.get(name) for name in pipeline.datasets()}
     secrets = _secrets(context)
@@ -366,6 +367,15 @@ def track(
     except BaseException as error:  # a dataset may look at its place, which may not be reachable
         fail(catalog, error)
         raise
+
+
+def _server(config: MlflowConfig, context: KedroContext) -> Server:
+    """Give the server, with the folder that its runs are recorded in when it may go away."""
+    server = config.server.connection
+    if config.tracking.on_unreachable == "offline":
+        found = recording(server.tracking_uri, server.registry_uri, context.project_path)
+        return replace(server, folder=str(found.folder)) if found else server
+    return server
 
 
 def _logs_models(pipeline: Pipeline, datasets: Mapping[str, Any]) -> bool:

@@ -195,6 +195,26 @@ def modelify(
     click.echo(f"Logged: {info.model_uri}")
 
 
+@mlflow.command(name="sync")
+@env_option
+@click.option("--dry-run", is_flag=True, help="List what would be sent, and send nothing.")
+@click.option("--prune", is_flag=True, help="Remove from the disk what the server has.")
+@click.pass_obj
+def _sync(metadata: ProjectMetadata, env: str | None, dry_run: bool, prune: bool) -> None:
+    """Send the runs that were recorded while the server was away.
+
+    What was sent stays on the disk until --prune. It can be interrupted, and started again.
+    """
+    from kedro.framework.session import KedroSession
+
+    from .sync import sync
+
+    with KedroSession.create(project_path=metadata.project_path, env=env) as session:
+        context: Any = session.load_context()  # type: ignore[attr-defined]
+        if not sync(context, dry_run=dry_run, prune=prune):
+            raise SystemExit(1)
+
+
 def _pipeline_named(name: str) -> Pipeline:
     from kedro.framework.project import pipelines
 

@@ -199,6 +199,11 @@ class TrackingOptions(_Options):
     """What is tracked, and as what."""
 
     disable_tracking: DisableTrackingOptions = DisableTrackingOptions()
+    on_unreachable: Literal["fail", "offline"] = Field(
+        default="fail",
+        description="When the server is away: fail before the first node, or offline (record the "
+        "run in .mlflow-offline and send it later).",
+    )
     experiment: ExperimentOptions = ExperimentOptions()
     run: RunOptions = RunOptions()
     params: ParamsOptions = ParamsOptions()

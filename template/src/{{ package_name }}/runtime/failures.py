@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kedro.io import DatasetError
 
+from .contact import NoAnswerError
 from .loading import ConfigError, is_database, shown_uri, uri_of_environment
 from .server import SettingError
 
@@ -133,6 +134,51 @@ def told_of_artifacts(place: str, server: Server) -> Iterator[None]:
         raise ArtifactError(told) from error
 
 
+# What a server answers when it won't ever take a request: to ask it again later doesn't help.
+_REFUSALS = {
+    "ENDPOINT_NOT_FOUND",
+    "INVALID_PARAMETER_VALUE",
+    "INVALID_STATE",
+    "NOT_FOUND",
+    "RESOURCE_ALREADY_EXISTS",
+    "RESOURCE_DOES_NOT_EXIST",
+}
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Tell whether MLflow has read a request and won't do it, rather than being away."""
+    from mlflow.exceptions import MlflowException
+
+    if not isinstance(error, MlflowException) or _status(error):
+        return False
+    return error.error_code in _REFUSALS
+
+
+def reason_of(error: BaseException) -> str:
+    """Say in a few words why a server or a storage can't be used."""
+    from requests.exceptions import RequestException, RetryError, Timeout
+
+    causes = _causes(error)
+    if asked := _first(causes, NoAnswerError):
+        return f"{reason_of(asked.__cause__)}; {asked}" if asked.__cause__ else str(asked)
+    if _first(causes, ConnectionRefusedError):
+        return "connection refused"
+    if _first(causes, gaierror):
+        return "its name isn't known"
+    if problem := _first(causes, ssl.SSLError):
+        return f"no connection over TLS: {_in_short(str(problem))}"
+    if _first(causes, Timeout, TimeoutError):
+        return "no answer in time"
+    if retried := _first(causes, RetryError):
+        found = re.search(r"too many (\d+) error responses", str(retried))
+        return f"it answered {found[1]}" if found else _in_short(str(retried))
+    if _first(causes, RequestException) and not getattr(error, "error_code", None):
+        return "the connection was closed"
+    message = getattr(error, "message", None) or str(error)
+    found = re.search(r"failed with error code (\d{3})", message)
+    return f"it answered {found[1]}" if found else _in_short(message)
+
+
 def _causes(error: BaseException) -> list[BaseException]:
     """List an error and what led to it, the outermost first."""
     found: list[BaseException] = []
@@ -155,7 +201,9 @@ def _of_server(error: Exception, where: str, variables: Mapping[str, str]) -> Se
     if told := _of_encryption(causes, where, variables):
         return told
     if _first(causes, RequestException):
-        return SettingError(ADDRESS, _of_connection(causes, where))
+        asked = _first(causes, NoAnswerError)
+        tried = f" ({asked})" if asked else ""
+        return SettingError(ADDRESS, f"{_of_connection(causes, where)}{tried}")
     answer = _first(causes, MlflowException)
     if answer is None:
         return None
@@ -352,7 +400,9 @@ def lack_of_models(server: Server) -> SettingError | None:
     if not server.tracking_uri.startswith(("http://", "https://")):
         return None
     try:
-        answer = http_request(get_default_host_creds(server.tracking_uri), "/version", "GET")
+        answer = http_request(
+            get_default_host_creds(server.tracking_uri), "/version", "GET", max_retries=1, timeout=5
+        )
     except MlflowException as error:
         logger.info("The server doesn't tell its version: %s", error)
         return None

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import uuid4
 from weakref import WeakSet
@@ -25,21 +27,63 @@ if TYPE_CHECKING:
     from mlflow.entities import Experiment
 
     from .config import ExperimentOptions
+    from .recording import Recording
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Server:
-    """Where runs (`tracking_uri`) and registered models (`registry_uri`) are kept."""
+    """Where runs (`tracking_uri`) and registered models (`registry_uri`) are kept.
+
+    `folder` is where runs are recorded before they are sent, when the server may go away.
+    """
 
     tracking_uri: str
     registry_uri: str
+    folder: str = ""
+
+    @classmethod
+    def in_use(cls) -> Server:
+        """Give the server that `mlflow.…` in this process is pointed at."""
+        import mlflow
+
+        from .recording import SCHEME, Recording
+
+        uri = mlflow.get_tracking_uri()
+        if uri.startswith(f"{SCHEME}:"):
+            found = Recording.of(uri)
+            return cls(found.tracking_uri, found.registry_uri, str(found.folder))
+        return cls(uri, mlflow.get_registry_uri())
+
+    @property
+    def recording(self) -> Recording | None:
+        """Where runs are recorded before they are sent; None where they are sent at once."""
+        from .recording import Recording
+
+        if not self.folder:
+            return None
+        return Recording(Path(self.folder), self.tracking_uri, self.registry_uri)
 
     @property
     def client(self) -> MlflowClient:
         """The MLflow client for this server."""
-        return _client(self.tracking_uri, self.registry_uri)
+        return _client(*self._uris)
+
+    @property
+    def client_of_start(self) -> MlflowClient:
+        """The client for what is asked first, which doesn't wait long for a server that is away."""
+        from .contact import URI_SCHEME, is_patient, register
+
+        if self.folder or is_patient(self.tracking_uri):
+            return self.client
+        register()
+        return _client(f"{URI_SCHEME}:{self.tracking_uri}", self.registry_uri)
+
+    @property
+    def _uris(self) -> tuple[str, str]:
+        recording = self.recording
+        return (recording.uri,) * 2 if recording else (self.tracking_uri, self.registry_uri)
 
     def use(self) -> None:
         """Point `mlflow.…` in this process at this server, without a request.
@@ -50,12 +94,17 @@ class Server:
         import mlflow
 
         names = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
+        if self.folder:
+            from . import offline
+
+            offline.register()
+        tracking_uri, registry_uri = self._uris
         with _using:
             before = {name: os.environ.get(name) for name in names}
-            if mlflow.get_tracking_uri() != self.tracking_uri:
-                mlflow.set_tracking_uri(self.tracking_uri)
-            if mlflow.get_registry_uri() != self.registry_uri:
-                mlflow.set_registry_uri(self.registry_uri)
+            if mlflow.get_tracking_uri() != tracking_uri:
+                mlflow.set_tracking_uri(tracking_uri)
+            if mlflow.get_registry_uri() != registry_uri:
+                mlflow.set_registry_uri(registry_uri)
             for name, value in before.items():
                 if value is None:
                     os.environ.pop(name, None)
@@ -71,13 +120,19 @@ _using = threading.Lock()
 def _client(tracking_uri: str, registry_uri: str) -> MlflowClient:
     from mlflow import MlflowClient
 
+    from .recording import SCHEME
+
     if is_database(tracking_uri) or is_database(registry_uri):
-        _part_when_forked()
+        part_when_forked()
+    if tracking_uri.startswith(f"{SCHEME}:"):
+        from . import offline
+
+        offline.register()
     return MlflowClient(tracking_uri, registry_uri)
 
 
 @lru_cache
-def _part_when_forked() -> None:
+def part_when_forked() -> None:
     """Let a forked worker open connections of its own, instead of talking on its parent's.
 
     Two processes on one connection take each other's answers, or wait for ever.
@@ -124,7 +179,7 @@ def set_up(server: Server, options: ExperimentOptions, variables: Mapping[str, s
 
 def experiment_of(server: Server, options: ExperimentOptions) -> Experiment:
     """Give the experiment that runs belong to; make or restore it when need be."""
-    prepare(server, options)
+    open_server(server, options)
     return server.client.get_experiment(experiment_id(server, options))
 
 
@@ -149,26 +204,39 @@ def announce(server: Server, options: ExperimentOptions) -> None:
         server.use()
 
 
-def prepare(server: Server, experiment: ExperimentOptions) -> None:
+def open_server(server: Server, experiment: ExperimentOptions) -> None:
+    """See to it that runs can be opened: an embedded store is made when there is none."""
+    if server.recording:
+        from .sending import look_for
+
+        look_for(server.recording)
+    else:
+        prepare(server.tracking_uri, experiment.create_experiment_kwargs.artifact_location)
+
+
+def prepare(uri: str, location: str | None) -> None:
     """Make an embedded store that doesn't exist yet, whole before anybody can see it.
 
     MLflow makes one on first use too, but where two processes start at once each meets the
     other's half-made tables.
+
+    Args:
+        uri: Where runs are kept.
+        location: Where the files go.
     """
-    file = sqlite_file(server.tracking_uri)
-    if file is None and is_database(server.tracking_uri):
-        _prepare_database(server.tracking_uri, experiment)
+    file = sqlite_file(uri)
+    if file is None and is_database(uri):
+        _prepare_database(uri, location)
     if file is None or file.exists():
         return
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
-    logger.info("Creating the embedded MLflow store %s", server.tracking_uri)
+    logger.info("Creating the embedded MLflow store %s", uri)
     file.parent.mkdir(parents=True, exist_ok=True)
     draft = file.with_name(f"{file.name}.{uuid4().hex}")
     try:
         with _quiet("alembic"):
             # MLflow's experiment "Default" comes with it: its artifacts go where the others go.
-            location = experiment.create_experiment_kwargs.artifact_location
             store = SqlAlchemyStore(f"sqlite:///{draft.as_posix()}", location)
         store.engine.dispose()
         try:
@@ -183,7 +251,7 @@ def prepare(server: Server, experiment: ExperimentOptions) -> None:
         draft.unlink(missing_ok=True)
 
 
-def _prepare_database(uri: str, experiment: ExperimentOptions) -> None:
+def _prepare_database(uri: str, location: str | None) -> None:
     """Knock at a database, and make the tables in one that is empty.
 
     MLflow knocks ten times, for more than a minute, at one that refuses the password.
@@ -192,17 +260,24 @@ def _prepare_database(uri: str, experiment: ExperimentOptions) -> None:
     from sqlalchemy import create_engine, inspect, text
     from sqlalchemy.pool import NullPool
 
-    with create_engine(uri, poolclass=NullPool).connect() as connection:
+    from .contact import PATIENCE
+
+    # One that doesn't answer is given up as soon as a server is.
+    patience = {"connect_timeout": round(PATIENCE)} if _KNOWS_PATIENCE.match(uri) else {}
+    engine = create_engine(uri, poolclass=NullPool, connect_args=patience)
+    with engine.connect() as connection:
         if inspect(connection).has_table("alembic_version"):
             return
         logger.info("Making MLflow's tables in the database")
         if connection.dialect.name == "postgresql":
             # Held until this connection ends: another process waits, and then finds the tables.
             connection.execute(text("SELECT pg_advisory_lock(:key)"), {"key": _MAKING_TABLES})
-        location = experiment.create_experiment_kwargs.artifact_location
         with _quiet("alembic"):
-            SqlAlchemyStore(uri, location)
+            SqlAlchemyStore(uri, location or "mlartifacts")
 
+
+# Databases whose drivers take this argument.
+_KNOWS_PATIENCE = re.compile("postgresql|mysql")
 
 # Any number that other programs are unlikely to lock in the same database.
 _MAKING_TABLES = 0x6D6C666C6F77
@@ -229,7 +304,7 @@ def experiment_id(server: Server, options: ExperimentOptions) -> str:
     from mlflow.exceptions import MlflowException
 
     name = options.name or "Default"
-    found: Experiment | None = server.client.get_experiment_by_name(name)
+    found: Experiment | None = server.client_of_start.get_experiment_by_name(name)
     if found is None:
         try:
             return server.client.create_experiment(

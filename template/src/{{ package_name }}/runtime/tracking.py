@@ -18,12 +18,13 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import uuid4
 
-from . import autologging, credentials, endings, failures
+from . import autologging, contact, credentials, endings, failures
 from .loading import ConfigError, anchor_uri, shown_uri, uri_of_environment
-from .server import Server, SettingError, experiment_id, prepare
+from .recording import recording
+from .server import Server, SettingError, experiment_id, open_server
 
 if TYPE_CHECKING:
     from mlflow import ActiveRun
@@ -95,11 +96,12 @@ class RunHandle:
         """Log points of metrics, at most 1,000 a request (MLflow's limit).
 
         In the process that started the run they are gathered and sent within a second, or by
-        `flush`; a worker sends them at once, because nothing tells it when it will end.
+        `flush`; a worker sends them at once, because nothing tells it when it will end. Where they
+        are recorded on the disk that is done at once too.
         """
         outbox = _outbox(self)
         outbox.add(points)
-        if not self.is_ours:
+        if self.server.folder or not self.is_ours:
             outbox.flush()
 
     def metric_history(self, key: str) -> list[Metric]:
@@ -228,6 +230,10 @@ class RunHandle:
                     _end(self.server, self.run_id, self.experiment_id, status, reason)
                     logger.info("MLflow run '%s' (%s) %s", self.name, self.run_id, status)
                     endings.unmark(started.markers, self.run_id)
+                if self.server.folder:
+                    from . import following
+
+                    following.settle(self.server, self.run_id, self.opening)
             finally:
                 credentials.take_back(self.opening)
 
@@ -390,8 +396,12 @@ def _end(
 
 
 def _end_children(server: Server, run_id: str, experiment_id: str, status: str) -> None:
+    from mlflow.entities import ViewType
+
     of_this = f"tags.`mlflow.parentRunId` = '{run_id}' and attributes.status = 'RUNNING'"
-    for child in server.client.search_runs([experiment_id], of_this):
+    # Those of a run that is recorded are on the disk, all of them.
+    store: Any = server.recording.store() if server.recording else server.client
+    for child in store.search_runs([experiment_id], of_this, ViewType.ACTIVE_ONLY):
         _end(server, child.info.run_id, experiment_id, status)
 
 
@@ -446,6 +456,8 @@ def start(
     given = credentials.original("MLFLOW_RUN_ID")
     # MLflow would take up that run where the user's code asks for a child of it.
     exported: dict[str, str | None] = {**variables, "MLFLOW_RUN_ID": None}
+    if server.folder and contact.TRIES not in os.environ:
+        exported[contact.TRIES] = contact.FEW
     if shown_uri(server.tracking_uri) != server.tracking_uri:
         # MLflow prints the address of each run, password and all.
         exported["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
@@ -464,6 +476,10 @@ def start(
             autologging.switch_off()
         raise
     _started[_key(handle)] = _Started(handle, markers, threading.get_ident(), _caller())
+    if handle.server.folder:
+        from . import following
+
+        following.follow(handle.server, handle.run_id, opening)
     with failures.told_of_server(handle.server, variables):
         try:
             _watch(handle, markers)
@@ -516,14 +532,13 @@ def _open(
     end_abandoned()
     active = mlflow.active_run()
     if active and not any(s.run.run_id == active.info.run_id for s in _started.values()):
-        server = Server(mlflow.get_tracking_uri(), mlflow.get_registry_uri())
-        return _attach(server, active.info.run_id, tags)
+        return _attach(Server.in_use(), active.info.run_id, tags, options)
     if given and not active:
-        return _attach(server, given, tags)
-    prepare(server, options.experiment)
+        return _attach(server, given, tags, options)
+    open_server(server, options.experiment)
     server.use()
     if options.run.id and not active:
-        handle = _handle(server, _continued(server, options.run.id))
+        handle = _handle(server, _continued(server, options.run.id, options))
         return handle, tags
     if active and options.run.nested:  # a node starts a Kedro run of its own
         tags["mlflow.parentRunId"] = active.info.run_id
@@ -533,9 +548,11 @@ def _open(
 
 
 def _attach(
-    server: Server, run_id: str, tags: Mapping[str, str]
+    server: Server, run_id: str, tags: Mapping[str, str], options: TrackingOptions
 ) -> tuple[RunHandle, Mapping[str, str]]:
-    run = _existing(server, run_id)
+    if server.recording:
+        open_server(server, options.experiment)
+    run = _existing(server, run_id, options, attached=True)
     if run is None:
         raise ConfigError(
             f"MLFLOW_RUN_ID: expected the id of a run on {shown_uri(server.tracking_uri)} "
@@ -550,8 +567,8 @@ def _attach(
 _OWNERS_TAGS = {"host", "pid", "process_start"}
 
 
-def _continued(server: Server, run_id: str) -> Run:
-    run = _existing(server, run_id)
+def _continued(server: Server, run_id: str, options: TrackingOptions) -> Run:
+    run = _existing(server, run_id, options, attached=False)
     if run is None:
         what = f"there is no such run on {shown_uri(server.tracking_uri)}, got {run_id!r}"
         raise SettingError(("tracking", "run", "id"), what)
@@ -559,11 +576,19 @@ def _continued(server: Server, run_id: str) -> Run:
     return run
 
 
-def _existing(server: Server, run_id: str) -> Run | None:
+def _existing(
+    server: Server, run_id: str, options: TrackingOptions, *, attached: bool
+) -> Run | None:
     from mlflow.exceptions import MlflowException
 
     try:
-        run = server.client.get_run(run_id)
+        if found := server.recording:
+            from .offline import RecordingStore
+
+            name = options.experiment.name or "Default"
+            run = RecordingStore(found).take_over(run_id, name, attached=attached)
+        else:
+            run = server.client_of_start.get_run(run_id)
     except MlflowException as error:
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise
@@ -577,7 +602,10 @@ def _server_of_environment(server: Server, project_path: Path) -> Server:
     if given is None:
         return server
     tracking_uri = anchor_uri(given, project_path)
-    return Server(tracking_uri, os.environ.get("MLFLOW_REGISTRY_URI") or tracking_uri)
+    registry_uri = os.environ.get("MLFLOW_REGISTRY_URI") or tracking_uri
+    if server.folder and (found := recording(tracking_uri, registry_uri, project_path)):
+        return Server(tracking_uri, registry_uri, str(found.folder))
+    return Server(tracking_uri, registry_uri)
 
 
 def _handle(server: Server, run: Run, *, attached: bool = False, fresh: bool = False) -> RunHandle:
@@ -596,7 +624,7 @@ def attach(server: Server | None = None, run_id: str | None = None) -> RunHandle
     """Make a handle for a run by its id, or for MLflow's active run; without a request."""
     import mlflow
 
-    server = server or Server(mlflow.get_tracking_uri(), mlflow.get_registry_uri())
+    server = server or Server.in_use()
     if run_id:
         return RunHandle(server, run_id, experiment_id="", artifact_uri="", attached=True)
     run = mlflow.active_run()

@@ -193,10 +193,9 @@ class MlflowRunsDataset(TrackedDataset):
 
     def load(self) -> pd.DataFrame:
         """Search the runs."""
-        import mlflow
         from mlflow.utils import get_results_from_paginated_fn
 
-        server = self._server or Server(mlflow.get_tracking_uri(), mlflow.get_registry_uri())
+        server = self._server or Server.in_use()
         run = self._run if self._server else attach()
         experiments = self._experiment_ids(server, run)
         conditions = [self.filter] if self.filter else []

@@ -1,0 +1,130 @@
+"""The first contact with a server: one that is away is given up within ten seconds.
+
+MLflow's own tries, of which there are eight with pauses in between, go on for four minutes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from functools import lru_cache, partial
+from typing import Any
+
+# A server that is there may be busy for so long, in seconds.
+PATIENCE = 9.0
+
+# So long it may take to get a connection.
+CONNECTING = 3.0
+
+# Between two tries, for a server that is being started again.
+PAUSES = (0.5, 1.0, 2.0)
+
+# How often MLflow asks a server again, and how often while runs are recorded: what can't be sent is
+# sent again later anyway, and nobody is to wait for minutes.
+TRIES, FEW = "MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1"
+
+# Begins the URI of a store that asks in this way.
+URI_SCHEME = "brisk"
+
+
+class NoAnswerError(Exception):
+    """No answer came, however often and long the server was asked; says how often and long."""
+
+
+def is_patient(uri: str) -> bool:
+    """Tell whether MLflow's own tries are to be used: what the user has set for them counts."""
+    tries = os.environ.get(TRIES)
+    of_user = tries not in (None, FEW) or "MLFLOW_HTTP_REQUEST_TIMEOUT" in os.environ
+    return of_user or not uri.startswith(("http://", "https://"))
+
+
+def ask(
+    credentials: Any, endpoint: str, method: str = "GET", body: dict[str, Any] | None = None
+) -> Any:
+    """Ask a server something, and once more when no answer comes; gives the answer.
+
+    Args:
+        credentials: MLflow's `MlflowHostCreds`, which has the address.
+        endpoint: What is asked for: `/api/2.0/mlflow/…`.
+        method: `GET` or `POST`.
+        body: What is asked, as JSON.
+
+    Raises:
+        NoAnswerError: When none came for ten seconds; its cause is the last error.
+    """
+    from mlflow.utils.rest_utils import http_request
+
+    start = time.monotonic()
+    tries = 0
+    while True:
+        tries += 1
+        left = PATIENCE - (time.monotonic() - start)
+        answer, problem = None, None
+        try:
+            answer = http_request(
+                credentials,
+                endpoint,
+                method,
+                max_retries=0,
+                timeout=(min(CONNECTING, left), left),
+                raise_on_status=False,
+                **{"params" if method == "GET" else "json": body},
+            )
+        except Exception as error:  # MLflow raises errors of its own for some
+            if not _may_pass(error):
+                raise
+            problem = error
+        if answer is not None and answer.status_code < 500:
+            return answer
+        gone = time.monotonic() - start
+        if tries > len(PAUSES) or PATIENCE - gone < 2 * PAUSES[tries - 1]:
+            if answer is not None:
+                return answer
+            times = "once" if tries == 1 else f"{tries} times"
+            raise NoAnswerError(f"asked {times} in {gone:.0f} s") from problem
+        time.sleep(PAUSES[tries - 1])
+
+
+def _may_pass(error: Exception) -> bool:
+    """Tell whether the next try may have an answer: not when TLS is wrong."""
+    from requests import exceptions
+
+    causes = [error, error.__cause__, error.__context__]
+    if any(isinstance(cause, exceptions.SSLError) for cause in causes):
+        return False
+    kinds = (exceptions.ConnectionError, exceptions.Timeout)
+    return any(isinstance(cause, kinds) for cause in causes)
+
+
+@lru_cache
+def register() -> None:
+    """Let MLflow find the store that asks in this way."""
+    from mlflow.tracking._tracking_service.utils import _tracking_store_registry
+
+    _tracking_store_registry.register(
+        URI_SCHEME, lambda store_uri, **_: brisk_store(store_uri.removeprefix(f"{URI_SCHEME}:"))
+    )
+
+
+@lru_cache
+def brisk_store(uri: str) -> Any:
+    """Make an MLflow store for a server that asks in this way."""
+    from mlflow.store.tracking.rest_store import RestStore
+    from mlflow.utils.credentials import get_default_host_creds
+    from mlflow.utils.proto_json_utils import parse_dict
+    from mlflow.utils.rest_utils import verify_rest_response
+
+    class BriskStore(RestStore):
+        def _call_endpoint(self, api: Any, json_body: str | None = None, *_: Any, **__: Any) -> Any:
+            endpoint, method = self._METHOD_TO_INFO[api]
+            body = json.loads(json_body) if json_body else None
+            answer = verify_rest_response(
+                ask(self.get_host_creds(), endpoint, method, body), endpoint
+            )
+            found = api.Response()
+            parse_dict(answer.json(), found)
+            return found
+
+    make: Any = BriskStore
+    return make(partial(get_default_host_creds, uri))

@@ -1,0 +1,414 @@
+"""Where runs are recorded before they are sent to a server that may go away.
+
+Each server has a folder in `.mlflow-offline` with a store of MLflow's own (`mlflow.db` and
+`artifacts/`), and in `runs/` one folder for each Kedro run that notes what has been sent of it.
+Nothing here talks to a server.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+from . import endings
+from .loading import is_database, shown_uri, sqlite_file
+
+if TYPE_CHECKING:
+    from mlflow.store.model_registry.sqlalchemy_store import SqlAlchemyStore as SqlRegistry
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+# The folder of a project that runs are recorded in.
+FOLDER = ".mlflow-offline"
+
+# Begins the URI under which MLflow finds the recording stores.
+SCHEME = "offline"
+
+# The tag that has the id which a run, model or version was given on the disk. It tells whether
+# the server has it already when the answer to its creation was lost.
+ORIGIN = "kedro_recorded_as"
+
+# The tag of an experiment on the disk that the server hasn't got yet: how to create it there.
+EXPERIMENT = "kedro_experiment"
+
+# Versions and experiments on the disk are numbered from here, so that none is taken for another
+# one on the server. MLflow keeps the numbers of experiments in 64 bits, those of versions in 32.
+FIRST_VERSION = 1_000_000_000
+FIRST_EXPERIMENT = 5 * 10**18
+
+
+@dataclass(frozen=True)
+class Recording:
+    """The folder of a server, whose two URIs are here too."""
+
+    folder: Path
+    tracking_uri: str
+    registry_uri: str
+
+    @classmethod
+    def of(cls, uri: str) -> Recording:
+        """Read the URI of a recording store."""
+        uris, _, folder = uri.removeprefix(f"{SCHEME}:").rpartition("#")
+        tracking_uri, _, registry_uri = uris.partition("|")
+        return cls(Path(folder), tracking_uri, registry_uri)
+
+    @property
+    def uri(self) -> str:
+        """The URI under which MLflow finds the recording stores."""
+        return f"{SCHEME}:{self.tracking_uri}|{self.registry_uri}#{self.folder.as_posix()}"
+
+    @property
+    def away(self) -> Away:
+        """Whether the server is away, as far as is known."""
+        return Away(self.folder / "away")
+
+    def store(self) -> SqlAlchemyStore:
+        """Give the store on the disk; it is made when it isn't there."""
+        return _store(self.folder)
+
+    def registry(self) -> SqlRegistry:
+        """Give the store of registered models on the disk."""
+        return _registry(self.folder)
+
+    def kedro_runs(self) -> list[KedroRun]:
+        """List the Kedro runs that are on the disk, the oldest first."""
+        folders = [folder for folder in self.folder.glob("runs/*") if folder.is_dir()]
+        found = [KedroRun(folder) for folder in folders if (folder / OWNER).exists()]
+        return sorted(found, key=lambda run: (run.folder / OWNER).stat().st_mtime_ns)
+
+    def kedro_run_of(self, run_id: str) -> KedroRun | None:
+        """Find the Kedro run that an MLflow run on the disk belongs to."""
+        for file in self.folder.glob(f"runs/*/{run_id}.json"):
+            return KedroRun(file.parent)
+        return None
+
+    def open_kedro_run(self, name: str) -> KedroRun:
+        """Make the notes of a Kedro run that this process does."""
+        run = KedroRun(self.folder / "runs" / name)
+        run.folder.mkdir(parents=True, exist_ok=True)
+        _write(run.folder / OWNER, asdict(endings.this_process()))
+        return run
+
+
+OWNER = "process"
+
+
+def recording(tracking_uri: str, registry_uri: str, project_path: Path) -> Recording | None:
+    """Say where the runs of a project for a server are recorded; None where nothing can go away."""
+    if sqlite_file(tracking_uri) or tracking_uri.startswith("file:"):
+        return None
+    name = re.sub(r"[^\w.-]+", "-", shown_uri(tracking_uri)).strip("-")
+    return Recording(project_path / FOLDER / name, tracking_uri, registry_uri)
+
+
+def waiting(project_path: Path) -> list[str]:
+    """Name the Kedro runs that are recorded and not sent, and that no process works on."""
+    return [
+        run.name
+        for folder in sorted((project_path / FOLDER).glob("*"))
+        for run in Recording(folder, "", "").kedro_runs()
+        if not run.is_sent and not run.is_in_progress
+    ]
+
+
+@dataclass(frozen=True)
+class Away:
+    """A file that tells all processes of the project that the server is away, and why."""
+
+    file: Path
+
+    def __bool__(self) -> bool:
+        return self.file.exists()
+
+    def note(self, reason: str) -> bool:
+        """Note that the server is away; tells whether this was news."""
+        news = not self
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        self.file.write_text(reason, encoding="utf-8")
+        return news
+
+    def forget(self) -> bool:
+        """Note that the server answers; tells whether this was news."""
+        news = bool(self)
+        self.file.unlink(missing_ok=True)
+        return news
+
+    @property
+    def reason(self) -> str:
+        """Why the server is away; nothing when it isn't."""
+        return self.file.read_text(encoding="utf-8") if self else ""
+
+
+@dataclass(frozen=True)
+class KedroRun:
+    """A Kedro run on the disk: a folder with the notes of its MLflow run and of their children."""
+
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        """The id that the run had on the disk first."""
+        return self.folder.name
+
+    @property
+    def is_in_progress(self) -> bool:
+        """Whether a process works on it."""
+        return not (self.folder / "ended").exists() and not self.owner.is_gone()
+
+    @property
+    def is_sent(self) -> bool:
+        """Whether the server has all of it."""
+        return (self.folder / "sent").exists()
+
+    @property
+    def owner(self) -> endings.Process:
+        """The process that does or did the run."""
+        return endings.Process(**json.loads((self.folder / OWNER).read_text(encoding="utf-8")))
+
+    def end(self) -> None:
+        """Note that nothing more is recorded."""
+        (self.folder / "ended").touch()
+
+    def note_sent(self) -> None:
+        """Note that the server has all of it."""
+        (self.folder / "sent").touch()
+
+    def notes(self) -> list[Notes]:
+        """Read what is noted of each MLflow run, parents before their children."""
+        read = [Notes.read(file) for file in self.folder.glob("*.json")]
+        return sorted((notes for notes in read if notes), key=lambda notes: notes.opened)
+
+    def write(self, notes: Notes) -> None:
+        """Write what is noted of an MLflow run, as a whole or not at all."""
+        _write(self.folder / f"{notes.run_id}.json", asdict(notes))
+
+    def remove(self, notes: Notes) -> None:
+        """Forget an MLflow run."""
+        (self.folder / f"{notes.run_id}.json").unlink()
+
+    @contextmanager
+    def lock(self, *, wait: bool = True) -> Iterator[bool]:
+        """Keep others from sending it at the same time; gives whether that could be had.
+
+        SQLite locks a file in a way that every system knows, and that ends with the process.
+        """
+        connection = sqlite3.connect(
+            self.folder / "lock", timeout=3600 if wait else 0, isolation_level=None
+        )
+        try:
+            try:
+                connection.execute("BEGIN EXCLUSIVE")
+            except sqlite3.OperationalError as error:
+                if "locked" not in str(error):
+                    raise
+                yield False
+                return
+            yield True
+        finally:
+            connection.close()
+
+
+@dataclass
+class ModelNotes:
+    """What has been sent of a logged model.
+
+    Args:
+        remote_id: Its id on the server; empty while that isn't known.
+        location: Where its files are for the server.
+        files: What each looked like when it was sent: size, time and number.
+        params: The names of those that the server has.
+        tags: Those that the server has.
+        status: That which the server has; empty before the model is whole.
+    """
+
+    remote_id: str = ""
+    location: str = ""
+    files: dict[str, list[int]] = field(default_factory=dict)
+    params: list[str] = field(default_factory=list)
+    tags: dict[str, str] = field(default_factory=dict)
+    status: str = ""
+
+
+@dataclass
+class Notes:
+    """What has been sent of an MLflow run.
+
+    Args:
+        run_id: Its id on the disk.
+        opened: When it was opened, in nanoseconds since 1970.
+        remote_id: Its id on the server; empty while that isn't known.
+        given: Whether it was on the server before.
+        attached: Whether somebody else ends it.
+        opening: The process that is about to create it on the server.
+        params, metrics, model_metrics: The last row of each that was sent.
+        tags: Those that the server has.
+        files: As those of a model.
+        models: By their ids on the disk.
+        versions: The version on the server of each `name/version` on the disk.
+        links: Inputs and outputs that were sent.
+        ended: Whether its end was sent.
+        refused: What the server refused for good, in sentences.
+    """
+
+    run_id: str
+    opened: int = 0
+    remote_id: str = ""
+    given: bool = False
+    attached: bool = False
+    opening: dict[str, Any] | None = None
+    params: int = 0
+    metrics: int = 0
+    model_metrics: int = 0
+    tags: dict[str, str] = field(default_factory=dict)
+    files: dict[str, list[int]] = field(default_factory=dict)
+    models: dict[str, ModelNotes] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    links: list[str] = field(default_factory=list)
+    ended: bool = False
+    refused: list[str] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, file: Path) -> Notes | None:
+        """Read a file; None when another process has just removed it."""
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        found["models"] = {key: ModelNotes(**value) for key, value in found["models"].items()}
+        return cls(**found)
+
+    @property
+    def is_being_opened(self) -> bool:
+        """Whether a process is about to create it on the server."""
+        return self.opening is not None and not endings.Process(**self.opening).is_gone()
+
+
+def _write(file: Path, content: Any) -> None:
+    draft = file.with_name(f".{file.name}.{uuid4().hex}")
+    draft.write_text(json.dumps(content), encoding="utf-8")
+    draft.replace(file)
+
+
+@lru_cache
+def _store(folder: Path) -> SqlAlchemyStore:
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    from .server import part_when_forked, prepare
+
+    part_when_forked()
+    uri, artifacts = _uri(folder), (folder / "artifacts").as_uri()
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder.parent / ".gitignore").write_text("*\n", encoding="utf-8")
+    prepare(uri, artifacts)
+    return SqlAlchemyStore(uri, artifacts)
+
+
+@lru_cache
+def _registry(folder: Path) -> SqlRegistry:
+    from mlflow.store.model_registry.sqlalchemy_store import SqlAlchemyStore
+
+    _store(folder)  # it makes the tables
+    return SqlAlchemyStore(_uri(folder))
+
+
+def _uri(folder: Path) -> str:
+    return f"sqlite:///{(folder / 'mlflow.db').as_posix()}"
+
+
+def remove(found: Recording, run: KedroRun) -> None:
+    """Remove all that is on the disk of a Kedro run."""
+    from mlflow.tracking._tracking_service.utils import _artifact_repos_cache
+
+    store = found.store()
+    for notes in run.notes():
+        for model_id in notes.models:
+            if is_there(store.get_logged_model, model_id):
+                _remove_folder(store.get_logged_model(model_id).artifact_location)
+                store._hard_delete_logged_model(model_id)
+            _artifact_repos_cache.pop(model_id, None)
+        if is_there(store.get_run, notes.run_id):
+            _remove_folder(store.get_run(notes.run_id).info.artifact_uri)
+            store._hard_delete_run(notes.run_id)
+        _artifact_repos_cache.pop(notes.run_id, None)  # the same id may be the server's
+    shutil.rmtree(run.folder)
+
+
+def _remove_folder(uri: str | None) -> None:
+    folder = local_path(uri or "").parent
+    if folder.is_dir():
+        shutil.rmtree(folder)
+
+
+def is_there(get: Callable[[str], Any], name: str) -> bool:
+    """Tell whether a store on the disk has something."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        get(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return False
+    return True
+
+
+def local_path(uri: str) -> Path:
+    """Give the folder of artifacts on the disk."""
+    from mlflow.utils.file_utils import local_file_uri_to_path
+
+    return Path(local_file_uri_to_path(uri))
+
+
+def is_remote_database(uri: str) -> bool:
+    """Tell whether a URI names a database that is not a file."""
+    return is_database(uri) and sqlite_file(uri) is None
+
+
+def change_id(found: Recording, kind: str, old: str, new: str) -> None:
+    """Give a run, a model or an experiment on the disk the id that it has on the server."""
+    from sqlalchemy import text
+
+    statements = {
+        "run": (
+            "UPDATE runs SET run_uuid = :new WHERE run_uuid = :old",
+            "UPDATE tags SET run_uuid = :new WHERE run_uuid = :old",
+        ),
+        "model": (
+            "UPDATE logged_models SET model_id = :new WHERE model_id = :old",
+            "UPDATE logged_model_params SET model_id = :new WHERE model_id = :old",
+            "UPDATE logged_model_tags SET model_id = :new WHERE model_id = :old",
+        ),
+        "experiment": (
+            "UPDATE experiments SET experiment_id = :new WHERE experiment_id = :old",
+            "UPDATE experiment_tags SET experiment_id = :new WHERE experiment_id = :old",
+        ),
+    }[kind]
+    with found.store().engine.begin() as connection:
+        connection.execute(text("PRAGMA defer_foreign_keys = ON"))
+        for statement in statements:
+            connection.execute(text(statement), {"old": old, "new": new})
+
+
+def number_versions(found: Recording, name: str) -> None:
+    """Number the versions on the disk in a way that none is taken for one on the server."""
+    from sqlalchemy import text
+
+    values = {"name": name, "first": FIRST_VERSION}
+    with found.registry().engine.begin() as connection:
+        connection.execute(text("PRAGMA defer_foreign_keys = ON"))
+        for table in ("model_versions", "model_version_tags"):
+            connection.execute(
+                text(
+                    f"UPDATE {table} SET version = version + :first "
+                    "WHERE name = :name AND version < :first"
+                ),
+                values,
+            )
