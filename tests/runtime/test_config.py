@@ -86,7 +86,8 @@ def test_every_mistake_is_told_with_file_line_key_value_and_what_is_right(
     assert sorted(ended.stderr.strip().removeprefix("Error: ").splitlines()) == [
         (
             "conf/local/mlflow.yml:3: tracking.nmae: unknown key, expected one of "
-            "disable_tracking, experiment, run, params, artifacts, autolog, redact"
+            "disable_tracking, on_unreachable, experiment, run, params, artifacts, autolog, "
+            "redact"
         ),
         "conf/local/mlflow.yml:5: tracking.run.nested: expected true or false, got 'yes please'",
         "conf/local/mlflow.yml:6: tracking.run.nmae: unknown key, did you mean 'name'?",

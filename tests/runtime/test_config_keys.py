@@ -309,6 +309,21 @@ def pipeline_runs(scene: Scene) -> int:
     return len(scene.runs())
 
 
+def without_a_server(scene: Scene) -> str:
+    """Tell what becomes of a run whose server is away."""
+    told = ""
+    try:
+        scene.run("work")
+    except ClickException as error:
+        told = error.message
+    stores = list(scene.project.path.glob(".mlflow-offline/*/mlflow.db"))
+    if not stores:
+        return told.rpartition(": ")[2].partition(" (asked")[0]
+    (run,) = scene.runs(f"sqlite:///{stores[0].as_posix()}")
+    shutil.rmtree(scene.project.path / ".mlflow-offline")
+    return f"recorded: {run.data.params}"
+
+
 def store_of_the_run(scene: Scene) -> list[str]:
     """Name the stores that have a run more."""
     scene.run("work")
@@ -591,6 +606,18 @@ ROWS = [
         first=Set("false", True),
         second=Set("true", False),
         wrong=NO_FLAG,
+    ),
+    Row(
+        "tracking.on_unreachable",
+        without_a_server,
+        default="start the server, or correct the address",
+        first=Set("offline", "recorded: {'x': '1'}"),
+        second=Set("fail", "start the server, or correct the address"),
+        wrong=[
+            (text, f": expected 'fail' or 'offline', got {shown}")
+            for text, shown in [("wait", "'wait'"), ("true", "True"), ("null", "None")]
+        ],
+        along={SERVER: "http://127.0.0.1:1"},
     ),
     Row(
         "tracking.experiment.name",

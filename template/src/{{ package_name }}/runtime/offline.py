@@ -18,6 +18,7 @@ from uuid import uuid4
 from . import endings
 from .contact import brisk_store, is_patient
 from .failures import is_refusal, reason_of
+from .loading import shown_uri
 from .recording import (
     EXPERIMENT,
     FIRST_EXPERIMENT,
@@ -109,18 +110,24 @@ def lose(recording: Recording, error: BaseException) -> None:
     """Note that a server is away, and say so when that is news."""
     reason = reason_of(error)
     if recording.away.note(reason):
-        logger.warning(
-            "The MLflow server is away (%s). What runs log is recorded in %s, and sent when it "
-            "answers again, or by `kedro mlflow sync`.",
-            reason,
-            recording.folder,
-        )
+        warn(recording)
+
+
+def warn(recording: Recording) -> None:
+    """Say that a server is away, and what is done about it."""
+    logger.warning(
+        "The MLflow server %s is away: %s. What runs log is recorded in %s, and sent when the "
+        "server answers again, or by `kedro mlflow sync`.",
+        shown_uri(recording.tracking_uri),
+        recording.away.reason,
+        recording.folder,
+    )
 
 
 def find_again(recording: Recording) -> None:
     """Note that a server answers, and say so when that is news."""
     if recording.away.forget():
-        logger.info("The MLflow server answers again")
+        logger.info("The MLflow server %s answers", shown_uri(recording.tracking_uri))
 
 
 class _Store:
@@ -379,7 +386,7 @@ class RecordingStore(_Store):
             experiment_name: Where it is shown on the disk when the server is away.
             attached: Whether somebody else ends it.
         """
-        if self._has_run(run_id):
+        if self._join(run_id):
             return self.get_run(run_id)
         answered, found = self._try(lambda: self._remote_for_creation.get_run(run_id))
         if answered:
@@ -400,6 +407,17 @@ class RecordingStore(_Store):
         )
         change_id(self._recording, "run", mine.info.run_id, run_id)
         return self.get_run(run_id)
+
+    def _join(self, run_id: str) -> bool:
+        """Work on a run that other processes of the project work on too, if there is one."""
+        run = self._recording.kedro_run_of(run_id)
+        if run is None:
+            return False
+        with run.lock():  # the last of them may be about to remove it
+            if self._recording.kedro_run_of(run_id) is None:
+                return False
+            run.take_part()
+        return True
 
     def create_logged_model(
         self,

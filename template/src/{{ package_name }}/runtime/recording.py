@@ -80,9 +80,9 @@ class Recording:
 
     def kedro_runs(self) -> list[KedroRun]:
         """List the Kedro runs that are on the disk, the oldest first."""
-        folders = [folder for folder in self.folder.glob("runs/*") if folder.is_dir()]
-        found = [KedroRun(folder) for folder in folders if (folder / OWNER).exists()]
-        return sorted(found, key=lambda run: (run.folder / OWNER).stat().st_mtime_ns)
+        found = [KedroRun(folder) for folder in self.folder.glob("runs/*") if folder.is_dir()]
+        opened = {run: min((n.opened for n in run.notes()), default=None) for run in found}
+        return sorted((run for run in found if opened[run]), key=lambda run: opened[run] or 0)
 
     def kedro_run_of(self, run_id: str) -> KedroRun | None:
         """Find the Kedro run that an MLflow run on the disk belongs to."""
@@ -94,11 +94,8 @@ class Recording:
         """Make the notes of a Kedro run that this process does."""
         run = KedroRun(self.folder / "runs" / name)
         run.folder.mkdir(parents=True, exist_ok=True)
-        _write(run.folder / OWNER, asdict(endings.this_process()))
+        run.take_part()
         return run
-
-
-OWNER = "process"
 
 
 def recording(tracking_uri: str, registry_uri: str, project_path: Path) -> Recording | None:
@@ -161,21 +158,31 @@ class KedroRun:
     @property
     def is_in_progress(self) -> bool:
         """Whether a process works on it."""
-        return not (self.folder / "ended").exists() and not self.owner.is_gone()
+        return any(not process.is_gone() for process in self.processes())
 
     @property
     def is_sent(self) -> bool:
         """Whether the server has all of it."""
         return (self.folder / "sent").exists()
 
-    @property
-    def owner(self) -> endings.Process:
-        """The process that does or did the run."""
-        return endings.Process(**json.loads((self.folder / OWNER).read_text(encoding="utf-8")))
+    def processes(self) -> list[endings.Process]:
+        """List the processes that have begun to work on it and not ended that."""
+        found = sorted(self.folder.glob("*.process"))
+        return [endings.Process(**json.loads(file.read_text(encoding="utf-8"))) for file in found]
 
-    def end(self) -> None:
-        """Note that nothing more is recorded."""
-        (self.folder / "ended").touch()
+    def take_part(self) -> None:
+        """Note that this process works on it; tasks of an orchestrator may be several."""
+        _write(self._process, asdict(endings.this_process()))
+
+    def leave(self) -> bool:
+        """Note that this process has ended its work; tells whether it was the last one."""
+        self._process.unlink(missing_ok=True)
+        return not self.is_in_progress
+
+    @property
+    def _process(self) -> Path:
+        process = endings.this_process()
+        return self.folder / f"{process.host}-{process.pid}.process"
 
     def note_sent(self) -> None:
         """Note that the server has all of it."""
@@ -254,7 +261,8 @@ class Notes:
         models: By their ids on the disk.
         versions: The version on the server of each `name/version` on the disk.
         links: Inputs and outputs that were sent.
-        ended: Whether its end was sent.
+        status: That with which its end was sent.
+        ended: Whether nothing more will be sent.
         refused: What the server refused for good, in sentences.
     """
 
@@ -272,6 +280,7 @@ class Notes:
     models: dict[str, ModelNotes] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     links: list[str] = field(default_factory=list)
+    status: str = ""
     ended: bool = False
     refused: list[str] = field(default_factory=list)
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from .contact import brisk_store, is_patient
 from .failures import is_refusal, reason_of
-from .offline import find_again, lose
+from .offline import find_again
 from .recording import (
     EXPERIMENT,
     FIRST_EXPERIMENT,
@@ -61,7 +61,7 @@ def look_for(recording: Recording) -> bool:
     try:
         contact(recording)
     except Exception as error:  # each kind of store has errors of its own
-        lose(recording, error)
+        recording.away.note(reason_of(error))
         return False
     find_again(recording)
     return True
@@ -82,11 +82,19 @@ def send(recording: Recording, run: KedroRun, step: Step = _no_step) -> None:
         Exception: What the server's client or that of a storage raises while one is away.
     """
     with run.lock():
-        ids: dict[str, str] = {}
-        for notes in run.notes():
-            if not notes.ended and not notes.is_being_opened:
-                _Sender(recording, run, notes, ids, step).send()
-            ids[notes.run_id] = notes.remote_id
+        send_locked(recording, run, step)
+
+
+def send_locked(
+    recording: Recording, run: KedroRun, step: Step = _no_step, *, is_last: bool = False
+) -> None:
+    """Send it where nobody else can at the same time; `is_last` when no more will be recorded."""
+    ids: dict[str, str] = {}
+    for notes in run.notes():
+        if not notes.ended and not notes.is_being_opened:
+            sender = _Sender(recording, run, notes, ids, step)
+            sender.send(is_last=is_last)
+        ids[notes.run_id] = notes.remote_id
 
 
 class _Sender:
@@ -103,7 +111,7 @@ class _Sender:
         self._here = recording.store()
         self._there = client_of(recording)
 
-    def send(self) -> None:
+    def send(self, *, is_last: bool) -> None:
         run: Run = self._here.get_run(self._notes.run_id)
         has_ended = run.info.status not in ("RUNNING", "SCHEDULED")
         if not self._notes.remote_id:
@@ -122,12 +130,12 @@ class _Sender:
         self._send_versions()
         for model in models:
             self._send_model_tags(model)
-        if has_ended:
+        if has_ended and run.info.status != self._notes.status:
             self._there.set_terminated(
                 self._notes.remote_id, run.info.status, end_time=run.info.end_time
             )
-        if has_ended or (self._notes.attached and (self._run.folder / "ended").exists()):
-            self._notes.ended = True
+            self._notes.status = run.info.status
+        self._notes.ended = is_last and (has_ended or self._notes.attached)
         self._noted()
 
     def _noted(self) -> None:

@@ -207,9 +207,11 @@ def announce(server: Server, options: ExperimentOptions) -> None:
 def open_server(server: Server, experiment: ExperimentOptions) -> None:
     """See to it that runs can be opened: an embedded store is made when there is none."""
     if server.recording:
+        from .offline import warn
         from .sending import look_for
 
-        look_for(server.recording)
+        if not look_for(server.recording):
+            warn(server.recording)
     else:
         prepare(server.tracking_uri, experiment.create_experiment_kwargs.artifact_location)
 

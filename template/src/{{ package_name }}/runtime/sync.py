@@ -22,7 +22,7 @@ from .failures import reason_of, told_of_server
 from .loading import mistake, read_credentials, register_header_provider, shown_uri
 from .offline import find_again
 from .recording import FOLDER, KedroRun, Recording, local_path, recording, remove
-from .sending import METRICS, contact, send
+from .sending import METRICS, contact, send_locked
 from .server import SettingError
 
 if TYPE_CHECKING:
@@ -92,7 +92,8 @@ def _send(
             about = outline(found, run)
             task = bar.add_task(f"{about.name} ({run.name[:8]})", total=about.steps)
             try:
-                send(found, run, partial(bar.advance, task))
+                with run.lock():  # another sync may be sending it; then nothing is left to do
+                    send_locked(found, run, partial(bar.advance, task), is_last=True)
             except Exception as error:  # each kind of store has errors of its own
                 raise click.ClickException(
                     f"The run {run.name} is not sent whole: {reason_of(error)}. What was sent is "
@@ -197,15 +198,18 @@ def close(recording: Recording, run: KedroRun) -> None:
     """End the runs on the disk whose process is gone, as after `kill -9`."""
     from mlflow.entities import RunStatus, RunTag
 
-    store, process = recording.store(), run.owner
+    store = recording.store()
+    here = next(iter(run.processes()), None)
+    who = f"the process {here.pid} on {here.host}" if here else "its process"
     for notes in run.notes():
         if store.get_run(notes.run_id).info.status == "RUNNING" and not notes.attached:
-            reason = f"the process {process.pid} on {process.host} ended without a word"
+            reason = f"{who} ended without a word"
             store.set_tag(notes.run_id, RunTag("kedro_error", reason))
             now = time.time_ns() // 10**6
             store.update_run_info(notes.run_id, RunStatus.KILLED, now, None)
             logger.warning("The run %s was still open: %s", notes.run_id, reason)
-    run.end()
+    for file in run.folder.glob("*.process"):
+        file.unlink()
 
 
 def _runs(number: int) -> str:

@@ -21,7 +21,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import uuid4
 
-from . import autologging, contact, credentials, endings, failures
+from . import autologging, contact, credentials, endings, failures, following
 from .loading import ConfigError, anchor_uri, shown_uri, uri_of_environment
 from .recording import recording
 from .server import Server, SettingError, experiment_id, open_server
@@ -230,10 +230,7 @@ class RunHandle:
                     _end(self.server, self.run_id, self.experiment_id, status, reason)
                     logger.info("MLflow run '%s' (%s) %s", self.name, self.run_id, status)
                     endings.unmark(started.markers, self.run_id)
-                if self.server.folder:
-                    from . import following
-
-                    following.settle(self.server, self.run_id, self.opening)
+                following.settle(self.opening)
             finally:
                 credentials.take_back(self.opening)
 
@@ -405,7 +402,7 @@ def _end_children(server: Server, run_id: str, experiment_id: str, status: str) 
         _end(server, child.info.run_id, experiment_id, status)
 
 
-def _end_orphans(server: Server, markers: Path) -> None:
+def _end_orphans(server: Server, markers: Path, opening: str) -> None:
     """End the runs on this server whose process is gone, as after `kill -9`."""
     from mlflow.exceptions import MlflowException
 
@@ -417,6 +414,7 @@ def _end_orphans(server: Server, markers: Path) -> None:
                 reason = f"the process {process.pid} on {process.host} ended without a word"
                 _end(server, marker.run_id, run.info.experiment_id, "KILLED", reason)
                 logger.warning("MLflow run %s was still open: %s", marker.run_id, reason)
+            following.follow(server, marker.run_id, opening)
         except MlflowException as error:
             logger.warning("MLflow run %s could not be ended: %s", marker.run_id, error)
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
@@ -476,10 +474,7 @@ def start(
             autologging.switch_off()
         raise
     _started[_key(handle)] = _Started(handle, markers, threading.get_ident(), _caller())
-    if handle.server.folder:
-        from . import following
-
-        following.follow(handle.server, handle.run_id, opening)
+    following.follow(handle.server, handle.run_id, opening)
     with failures.told_of_server(handle.server, variables):
         try:
             _watch(handle, markers)
@@ -487,7 +482,7 @@ def start(
                 handle.set_tags(tags)
             handle.log_params(params)
             handle.enter("pipeline")
-            _end_orphans(handle.server, markers)
+            _end_orphans(handle.server, markers, opening)
         except BaseException:
             handle.finish("FAILED")
             raise
