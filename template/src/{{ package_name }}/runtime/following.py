@@ -90,7 +90,7 @@ def _settle(recording: Recording, run: KedroRun) -> None:
                 return
     logger.warning(
         "The run %s is recorded in %s and not sent: %s. `kedro mlflow sync` sends it.",
-        run.name,
+        run.notes()[0].run_id,
         recording.folder,
         recording.away.reason,
     )

@@ -6,6 +6,7 @@ created there first, so that it has the server's id from its beginning.
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import time
@@ -220,10 +221,8 @@ class RecordingStore(_Store):
         return getattr(self._local, name)(experiment_id, *args, **kwargs)
 
     def _search(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        from mlflow.tracking import fluent
-
         # The runs that this thread is in are there too, as far as they have come.
-        self._send_first(*(run.info.run_id for run in fluent._active_run_stack.get()))
+        self._send_first(*active_runs())
         answered, found = self._try(lambda: getattr(self._remote, name)(*args, **kwargs))
         result: PagedList[Any] = found if answered else getattr(self._local, name)(*args, **kwargs)
         return result
@@ -368,9 +367,7 @@ class RecordingStore(_Store):
 
     def _kedro_run_for(self, parent: str | None) -> KedroRun | None:
         """Find the Kedro run that a new run belongs to: that of its parent, or of this thread."""
-        from mlflow.tracking import fluent
-
-        ids = [parent, *(run.info.run_id for run in fluent._active_run_stack.get())]
+        ids = [parent, *active_runs()]
         return next((run for name in ids if name and (run := self._kedro_run_of(name))), None)
 
     def _is_sent(self, run_id: str | None) -> bool:
@@ -473,14 +470,24 @@ class RecordingRegistry(_Store):
         return partial(self._call, name)
 
     def _call(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        version = kwargs.get("version") or (args[1] if len(args) > 1 else None)
-        if name == "set_registered_model_alias":
-            version = kwargs.get("version") or args[2]
-        if not self._is_recorded(version):
+        from mlflow.exceptions import MlflowException
+
+        here = getattr(self._local, name)
+        given = inspect.signature(here).bind(*args, **kwargs).arguments
+        if self._is_recorded(given.get("version")):
+            return here(*args, **kwargs)
+        if (model := given.get("name")) and is_there(self._local.get_registered_model, model):
+            self._send_first(*active_runs())
+        try:
             answered, answer = self._try(lambda: getattr(self._remote, name)(*args, **kwargs))
-            if answered:
-                return answer
-        return getattr(self._local, name)(*args, **kwargs)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            try:
+                return here(*args, **kwargs)  # made while the server was away, and not sent yet
+            except MlflowException:
+                raise error from None
+        return answer if answered else here(*args, **kwargs)
 
     def _is_recorded(self, version: Any) -> bool:
         return str(version).isdecimal() and int(version) >= FIRST_VERSION
@@ -537,8 +544,6 @@ def _run_of_source(
     recording: Recording, source: str, run_id: str | None, model_id: str | None
 ) -> str | None:
     """Find the run on the disk that has made what is registered, or in which that happens."""
-    from mlflow.tracking import fluent
-
     from .sending import model_of
 
     if run_id:
@@ -548,5 +553,11 @@ def _run_of_source(
     if model_id and is_there(store.get_logged_model, model_id):
         made_by: str | None = store.get_logged_model(model_id).source_run_id
         return made_by
-    stack = fluent._active_run_stack.get()
-    return stack[-1].info.run_id if stack else None
+    return next(reversed(active_runs()), None)
+
+
+def active_runs() -> list[str]:
+    """Name the runs that this thread is in, the outermost first."""
+    from mlflow.tracking import fluent
+
+    return [run.info.run_id for run in fluent._active_run_stack.get()]

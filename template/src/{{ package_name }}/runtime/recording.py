@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 from uuid import uuid4
 
 from . import endings
@@ -77,6 +78,11 @@ class Recording:
     def registry(self) -> SqlRegistry:
         """Give the store of registered models on the disk."""
         return _registry(self.folder)
+
+    def files(self, uri: str | None) -> Path:
+        """Give the folder with the files of a run or model, also when the project was moved."""
+        _, _, path = (uri or "").partition(f"/{FOLDER}/")
+        return self.folder.joinpath(*unquote(path).split("/")[1:])
 
     def kedro_runs(self) -> list[KedroRun]:
         """List the Kedro runs that are on the disk, the oldest first."""
@@ -340,20 +346,29 @@ def remove(found: Recording, run: KedroRun) -> None:
     for notes in run.notes():
         for model_id in notes.models:
             if is_there(store.get_logged_model, model_id):
-                _remove_folder(store.get_logged_model(model_id).artifact_location)
+                _remove(found.files(store.get_logged_model(model_id).artifact_location))
                 store._hard_delete_logged_model(model_id)
             _artifact_repos_cache.pop(model_id, None)
         if is_there(store.get_run, notes.run_id):
-            _remove_folder(store.get_run(notes.run_id).info.artifact_uri)
+            _remove(found.files(store.get_run(notes.run_id).info.artifact_uri))
             store._hard_delete_run(notes.run_id)
         _artifact_repos_cache.pop(notes.run_id, None)  # the same id may be the server's
+        for name, _, version in (key.rpartition("/") for key in notes.versions):
+            _unregister(found.registry(), name, version)
     shutil.rmtree(run.folder)
 
 
-def _remove_folder(uri: str | None) -> None:
-    folder = local_path(uri or "").parent
-    if folder.is_dir():
-        shutil.rmtree(folder)
+def _unregister(registry: SqlRegistry, name: str, version: str) -> None:
+    if is_there(lambda name: registry.get_model_version(name, version), name):
+        registry.delete_model_version(name, version)
+    left = registry.search_model_versions(f"name = '{name}'")
+    if not left and is_there(registry.get_registered_model, name):
+        registry.delete_registered_model(name)
+
+
+def _remove(files: Path) -> None:
+    if files.parent.is_dir():
+        shutil.rmtree(files.parent)
 
 
 def is_there(get: Callable[[str], Any], name: str) -> bool:
@@ -367,13 +382,6 @@ def is_there(get: Callable[[str], Any], name: str) -> bool:
             raise
         return False
     return True
-
-
-def local_path(uri: str) -> Path:
-    """Give the folder of artifacts on the disk."""
-    from mlflow.utils.file_utils import local_file_uri_to_path
-
-    return Path(local_file_uri_to_path(uri))
 
 
 def is_remote_database(uri: str) -> bool:

@@ -28,14 +28,13 @@ from .recording import (
     Notes,
     Recording,
     is_remote_database,
-    local_path,
 )
 from .server import prepare
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import LoggedModel, Run
-    from mlflow.entities.model_registry import ModelVersion
+    from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 
 logger = logging.getLogger(__name__)
 
@@ -262,7 +261,7 @@ class _Sender:
             self._noted()
 
     def _send_files(self, run: Run) -> None:
-        folder = local_path(run.info.artifact_uri or "")
+        folder = self._recording.files(run.info.artifact_uri)
         if new := _new_files(folder, self._notes.files):
             location = self._there.get_run(self._notes.remote_id).info.artifact_uri
             self._upload(folder, new, self._notes.files, location or "")
@@ -314,7 +313,7 @@ class _Sender:
                 self._there.log_model_params(notes.remote_id, params)
             notes.params += sorted(params)
             self._noted()
-        folder = local_path(model.artifact_location)
+        folder = self._recording.files(model.artifact_location)
         replaced = {
             model.artifact_location: notes.location,
             model.model_id: notes.remote_id,
@@ -410,22 +409,36 @@ class _Sender:
 
     def _send_versions(self) -> None:
         """Register what was registered on the disk."""
+        for model in self._registry.search_registered_models():
+            key = f"registered {model.name} {sorted(model.tags.items())} {model.description}"
+            if key not in self._notes.links:
+                self._send_registered_model(model)
+                self._notes.links.append(key)
+                self._noted()
         found = self._registry.search_model_versions(f"run_id = '{self._notes.run_id}'")
         for version in sorted(found, key=lambda version: int(version.version)):
             key = f"{version.name}/{version.version}"
             if key not in self._notes.versions:
                 self._notes.versions[key] = str(self._version_there(version).version)
                 self._noted()
+            self._send_version_tags(version, self._notes.versions[key])
             self._send_aliases(version, self._notes.versions[key])
 
-    def _version_there(self, version: ModelVersion) -> ModelVersion:
+    def _send_registered_model(self, model: RegisteredModel) -> None:
         from mlflow.exceptions import MlflowException
 
         try:
-            self._there.create_registered_model(version.name)
+            self._there.create_registered_model(model.name, dict(model.tags), model.description)
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
+            for key, value in model.tags.items():
+                self._there.set_registered_model_tag(model.name, key, value)
+            if model.description:
+                self._there.update_registered_model(model.name, model.description)
+
+    def _version_there(self, version: ModelVersion) -> ModelVersion:
+        """Find the version on the server, or make it there."""
         origin = version.tags[ORIGIN]
         known = self._there.search_model_versions(
             f"name = '{version.name}' and tags.{ORIGIN} = '{origin}'"
@@ -445,6 +458,15 @@ class _Sender:
             await_creation_for=0,
             model_id=self._model_on_server(model_id) if model_id else None,
         )
+
+    def _send_version_tags(self, version: ModelVersion, there: str) -> None:
+        key = f"tags {version.name} {version.version} {sorted(version.tags.items())}"
+        if key not in self._notes.links:
+            for name, value in version.tags.items():
+                if name != ORIGIN:
+                    self._there.set_model_version_tag(version.name, there, name, value)
+            self._notes.links.append(key)
+            self._noted()
 
     def _send_aliases(self, version: ModelVersion, there: str) -> None:
         """Set the aliases of a version, but for those that a newer one has got since."""
@@ -488,7 +510,7 @@ def source_on_server(recording: Recording, source: str) -> str:
     for run in recording.kedro_runs():
         for notes in run.notes():
             here = store.get_run(notes.run_id).info.artifact_uri
-            for start in (here, str(local_path(here))):
+            for start in (here, str(recording.files(here))):
                 if source.startswith(start):
                     location = there.get_run(notes.remote_id).info.artifact_uri
                     return f"{location}{source.removeprefix(start)}"

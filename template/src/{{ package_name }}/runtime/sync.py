@@ -21,7 +21,7 @@ from . import credentials
 from .failures import reason_of, told_of_server
 from .loading import mistake, read_credentials, register_header_provider, shown_uri
 from .offline import find_again
-from .recording import FOLDER, KedroRun, Recording, local_path, recording, remove
+from .recording import FOLDER, KedroRun, Recording, recording, remove
 from .sending import METRICS, contact, send_locked
 from .server import SettingError
 
@@ -162,7 +162,9 @@ def outline(recording: Recording, run: KedroRun) -> Outline:
     models = [store.get_logged_model(name) for name in _models_of(recording, ids)]
     places = [found.info.artifact_uri or "" for found in runs]
     places += [model.artifact_location for model in models]
-    files = [file for place in places for file in local_path(place).rglob("*") if file.is_file()]
+    files = [
+        file for place in places for file in recording.files(place).rglob("*") if file.is_file()
+    ]
     return Outline(
         runs[0].info.run_name,
         runs[0].info.start_time / 1000,
