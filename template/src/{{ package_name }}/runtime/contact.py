@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Iterator
 from functools import lru_cache, partial
 from typing import Any
 
@@ -22,21 +23,37 @@ PAUSES = (0.5, 1.0, 2.0)
 
 # How often MLflow asks a server again, and how often while runs are recorded: what can't be sent is
 # sent again later anyway, and nobody is to wait for minutes.
-TRIES, FEW = "MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1"
+TRIES, FEW = "MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0"
 
 # Begins the URI of a store that asks in this way.
 URI_SCHEME = "brisk"
 
 
 class NoAnswerError(Exception):
-    """No answer came, however often and long the server was asked; says how often and long."""
+    """No answer came that helps, however often and long the server was asked; says how often.
+
+    `status` is that of the last answer, 0 where there was none.
+    """
+
+    def __init__(self, asked: str, status: int) -> None:
+        super().__init__(asked, status)
+        self.asked = asked
+        self.status = status
+
+    def __str__(self) -> str:
+        return f"it answered {self.status}; {self.asked}" if self.status else self.asked
 
 
 def is_patient(uri: str) -> bool:
     """Tell whether MLflow's own tries are to be used: what the user has set for them counts."""
     tries = os.environ.get(TRIES)
     of_user = tries not in (None, FEW) or "MLFLOW_HTTP_REQUEST_TIMEOUT" in os.environ
-    return of_user or not uri.startswith(("http://", "https://"))
+    return of_user or not is_http(uri)
+
+
+def is_http(uri: str) -> bool:
+    """Tell whether a server is reached by HTTP."""
+    return uri.startswith(("http://", "https://"))
 
 
 def ask(
@@ -51,7 +68,8 @@ def ask(
         body: What is asked, as JSON.
 
     Raises:
-        NoAnswerError: When none came for ten seconds; its cause is the last error.
+        NoAnswerError: When none came for ten seconds, or only such as 503; its cause is the last
+            error.
     """
     from mlflow.utils.rest_utils import http_request
 
@@ -78,11 +96,12 @@ def ask(
         if answer is not None and answer.status_code < 500:
             return answer
         gone = time.monotonic() - start
-        if tries > len(PAUSES) or PATIENCE - gone < 2 * PAUSES[tries - 1]:
-            if answer is not None:
-                return answer
+        is_over = tries > len(PAUSES) or PATIENCE - gone < 2 * PAUSES[tries - 1]
+        # What is created may be there though no answer came: nothing is created twice.
+        if is_over or (method != "GET" and not _is_refused(problem)):
             times = "once" if tries == 1 else f"{tries} times"
-            raise NoAnswerError(f"asked {times} in {gone:.0f} s") from problem
+            status = 0 if answer is None else answer.status_code
+            raise NoAnswerError(f"asked {times} in {gone:.0f} s", status) from problem
         time.sleep(PAUSES[tries - 1])
 
 
@@ -90,11 +109,25 @@ def _may_pass(error: Exception) -> bool:
     """Tell whether the next try may have an answer: not when TLS is wrong."""
     from requests import exceptions
 
-    causes = [error, error.__cause__, error.__context__]
+    causes = list(causes_of(error))
     if any(isinstance(cause, exceptions.SSLError) for cause in causes):
         return False
     kinds = (exceptions.ConnectionError, exceptions.Timeout)
     return any(isinstance(cause, kinds) for cause in causes)
+
+
+def _is_refused(error: Exception | None) -> bool:
+    """Tell whether a request never came to the server."""
+    return any(isinstance(cause, ConnectionRefusedError) for cause in causes_of(error))
+
+
+def causes_of(error: BaseException | None) -> Iterator[BaseException]:
+    """Give an error and what led to it, the outermost first."""
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:
+        seen.append(error)
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 @lru_cache
@@ -109,15 +142,30 @@ def register() -> None:
 
 @lru_cache
 def brisk_store(uri: str) -> Any:
-    """Make an MLflow store for a server that asks in this way."""
+    """Make a store of runs on a server that asks in this way."""
     from mlflow.store.tracking.rest_store import RestStore
+
+    return _brisk(RestStore, uri)
+
+
+@lru_cache
+def brisk_registry(uri: str) -> Any:
+    """Make a store of registered models on a server that asks in this way."""
+    from mlflow.store.model_registry.rest_store import RestStore
+
+    return _brisk(RestStore, uri)
+
+
+def _brisk(kind: Any, uri: str) -> Any:
     from mlflow.utils.credentials import get_default_host_creds
     from mlflow.utils.proto_json_utils import parse_dict
     from mlflow.utils.rest_utils import verify_rest_response
 
-    class BriskStore(RestStore):
+    methods = getattr(kind, "_METHOD_TO_INFO", None)
+
+    class BriskStore(kind):  # type: ignore[misc]
         def _call_endpoint(self, api: Any, json_body: str | None = None, *_: Any, **__: Any) -> Any:
-            endpoint, method = self._METHOD_TO_INFO[api]
+            endpoint, method = methods[api] if methods else self._get_endpoint_from_method(api)
             body = json.loads(json_body) if json_body else None
             answer = verify_rest_response(
                 ask(self.get_host_creds(), endpoint, method, body), endpoint
@@ -126,5 +174,4 @@ def brisk_store(uri: str) -> Any:
             parse_dict(answer.json(), found)
             return found
 
-    make: Any = BriskStore
-    return make(partial(get_default_host_creds, uri))
+    return BriskStore(partial(get_default_host_creds, uri))

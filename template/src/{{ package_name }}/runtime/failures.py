@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kedro.io import DatasetError
 
-from .contact import NoAnswerError
+from .contact import NoAnswerError, causes_of
 from .loading import ConfigError, is_database, shown_uri, uri_of_environment
 from .server import SettingError
 
@@ -180,13 +180,7 @@ def reason_of(error: BaseException) -> str:
 
 
 def _causes(error: BaseException) -> list[BaseException]:
-    """List an error and what led to it, the outermost first."""
-    found: list[BaseException] = []
-    cause: BaseException | None = error
-    while cause is not None and cause not in found:
-        found.append(cause)
-        cause = cause.__cause__ or cause.__context__
-    return found
+    return list(causes_of(error))
 
 
 def _first(causes: list[BaseException], *kinds: type[BaseException]) -> Any:
@@ -200,9 +194,12 @@ def _of_server(error: Exception, where: str, variables: Mapping[str, str]) -> Se
     causes = _causes(error)
     if told := _of_encryption(causes, where, variables):
         return told
+    asked = _first(causes, NoAnswerError)
+    tried = f" ({asked.asked})" if asked else ""
+    if asked and asked.status:
+        what = f"answered {asked.status}: see the server's log, or try again later{tried}"
+        return SettingError(ADDRESS, f"{where} {what}")
     if _first(causes, RequestException):
-        asked = _first(causes, NoAnswerError)
-        tried = f" ({asked})" if asked else ""
         return SettingError(ADDRESS, f"{_of_connection(causes, where)}{tried}")
     answer = _first(causes, MlflowException)
     if answer is None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from . import endings
-from .contact import brisk_store, is_patient
+from .contact import brisk_registry, brisk_store, is_http
 from .failures import is_refusal, reason_of
 from .loading import shown_uri
 from .recording import (
@@ -182,8 +182,9 @@ class RecordingStore(_Store):
 
     @cached_property
     def _remote_for_creation(self) -> Any:
+        """The same for what must not be asked twice: what is created, when no answer comes."""
         uri = self._recording.tracking_uri
-        return self._remote if is_patient(uri) else brisk_store(uri)
+        return brisk_store(uri) if is_http(uri) else self._remote
 
     @property
     def _local(self) -> Any:
@@ -460,6 +461,11 @@ class RecordingRegistry(_Store):
 
         return _get_store(self._recording.registry_uri, self._recording.tracking_uri)
 
+    @cached_property
+    def _remote_for_creation(self) -> Any:
+        uri = self._recording.registry_uri
+        return brisk_registry(uri) if is_http(uri) else self._remote
+
     @property
     def _local(self) -> Any:
         return self._recording.registry()
@@ -514,7 +520,7 @@ class RecordingRegistry(_Store):
         if run is None or self._send_first(run):
             there = source_on_server(self._recording, source)
             answered, version = self._try(
-                lambda: self._remote.create_model_version(
+                lambda: self._remote_for_creation.create_model_version(
                     name,
                     there,
                     run_id,

@@ -11,12 +11,13 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from .contact import brisk_store, is_patient
+from .contact import brisk_registry, brisk_store, is_http, is_patient
 from .failures import is_refusal, reason_of
 from .offline import find_again
 from .recording import (
@@ -96,6 +97,23 @@ def send_locked(
         ids[notes.run_id] = notes.remote_id
 
 
+@dataclass(frozen=True)
+class _Creating:
+    """Stores of the server that ask only once for what would be there twice."""
+
+    runs: Any
+    registry: Any
+
+    @classmethod
+    def of(cls, recording: Recording) -> _Creating:
+        uri, registry_uri = recording.tracking_uri, recording.registry_uri
+        client = client_of(recording)
+        runs = brisk_store(uri) if is_http(uri) else client._tracking_client.store
+        if is_http(registry_uri):
+            return cls(runs, brisk_registry(registry_uri))
+        return cls(runs, client._get_registry_client().store)
+
+
 class _Sender:
     """Sends one MLflow run."""
 
@@ -109,6 +127,7 @@ class _Sender:
         self._step = step
         self._here = recording.store()
         self._there = client_of(recording)
+        self._stores = _Creating.of(recording)
 
     def send(self, *, is_last: bool) -> None:
         run: Run = self._here.get_run(self._notes.run_id)
@@ -154,6 +173,8 @@ class _Sender:
 
     def _create(self, run: Run) -> str:
         """Create the run on the server, unless it is there."""
+        from mlflow.entities import RunTag
+
         tags = dict(run.data.tags)
         experiment = experiment_on_server(self._recording, self._there, run.info.experiment_id)
         known = self._there.search_runs([experiment], f"tags.{ORIGIN} = '{tags[ORIGIN]}'")
@@ -161,8 +182,9 @@ class _Sender:
             return str(known[0].info.run_id)
         parent = tags.get(PARENT)
         tags = {**tags, PARENT: self._ids[parent]} if parent in self._ids else tags
-        created = self._there.create_run(
-            experiment, run.info.start_time, self._on_server(tags), run.info.run_name
+        entities = [RunTag(key, value) for key, value in self._on_server(tags).items()]
+        created = self._stores.runs.create_run(
+            experiment, run.info.user_id, run.info.start_time, entities, run.info.run_name
         )
         return str(created.info.run_id)
 
@@ -300,6 +322,8 @@ class _Sender:
 
     def _send_model(self, model: LoggedModel) -> None:
         """Send a model's parameters and files."""
+        from mlflow.entities import LoggedModelParameter
+
         notes = self._notes.models.setdefault(model.model_id, ModelNotes())
         if not notes.remote_id:
             there = self._model_there(model)
@@ -307,11 +331,16 @@ class _Sender:
             notes.params = sorted(there.params)
             notes.tags = dict(there.tags)
             self._noted()
-        params = {k: v for k, v in (model.params or {}).items() if k not in notes.params}
-        if params:
+        if missing := (model.params or {}).keys() - notes.params:
+            known = self._there.get_logged_model(notes.remote_id).params or {}
+            params = [
+                LoggedModelParameter(key, value)
+                for key, value in model.params.items()
+                if key in missing and key not in known
+            ]
             with self._refusable(f"parameters of the model {model.name!r}"):
-                self._there.log_model_params(notes.remote_id, params)
-            notes.params += sorted(params)
+                self._stores.runs.log_logged_model_params(notes.remote_id, params)
+            notes.params += sorted(missing)
             self._noted()
         folder = self._recording.files(model.artifact_location)
         replaced = {
@@ -328,20 +357,23 @@ class _Sender:
 
     def _model_there(self, model: LoggedModel) -> LoggedModel:
         """Find the model on the server, or create it there."""
+        from mlflow.entities import LoggedModelParameter, LoggedModelTag
+
         experiment = experiment_on_server(self._recording, self._there, model.experiment_id)
         found = self._there.search_logged_models(
             [experiment], f"tags.{ORIGIN} = '{model.tags[ORIGIN]}'"
         )
         if found:
             return found[0]
-        return self._there.create_logged_model(
+        created: LoggedModel = self._stores.runs.create_logged_model(
             experiment,
             model.name,
             self._notes.remote_id,
-            {ORIGIN: model.tags[ORIGIN]},
-            dict(model.params or {}),
+            [LoggedModelTag(ORIGIN, model.tags[ORIGIN])],
+            [LoggedModelParameter(key, value) for key, value in (model.params or {}).items()],
             model.model_type,
         )
+        return created
 
     def _send_model_tags(self, model: LoggedModel) -> None:
         """Send a model's tags; one of them names its versions, which are sent by now."""
@@ -399,7 +431,7 @@ class _Sender:
             if key not in known and (model.model_id, model.step) not in has
         ]
         if new_made:
-            self._there.log_outputs(self._notes.remote_id, new_made)
+            self._stores.runs.log_outputs(self._notes.remote_id, new_made)
         self._notes.links = sorted(known | data.keys() | taken.keys() | made.keys())
         self._noted()
 
@@ -439,6 +471,8 @@ class _Sender:
 
     def _version_there(self, version: ModelVersion) -> ModelVersion:
         """Find the version on the server, or make it there."""
+        from mlflow.entities.model_registry import ModelVersionTag
+
         origin = version.tags[ORIGIN]
         known = self._there.search_model_versions(
             f"name = '{version.name}' and tags.{ORIGIN} = '{origin}'"
@@ -446,18 +480,18 @@ class _Sender:
         if known:
             return known[0]
         model_id = model_of(version.source or "")  # the store on the disk doesn't keep it
-        return self._there.create_model_version(
+        created: ModelVersion = self._stores.registry.create_model_version(
             version.name,
             f"models:/{self._model_on_server(model_id)}"
             if model_id
             else source_on_server(self._recording, version.source or ""),
             self._notes.remote_id,
-            dict(version.tags),
+            [ModelVersionTag(key, value) for key, value in version.tags.items()],
             version.run_link,
             version.description,
-            await_creation_for=0,
             model_id=self._model_on_server(model_id) if model_id else None,
         )
+        return created
 
     def _send_version_tags(self, version: ModelVersion, there: str) -> None:
         key = f"tags {version.name} {version.version} {sorted(version.tags.items())}"
