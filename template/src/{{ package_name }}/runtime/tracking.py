@@ -410,16 +410,21 @@ def _end_orphans(server: Server, markers: Path, opening: str) -> None:
         try:
             run = server.client.get_run(marker.run_id)
             if run.info.status == "RUNNING":
-                process = marker.process
-                reason = f"the process {process.pid} on {process.host} ended without a word"
-                _end(server, marker.run_id, run.info.experiment_id, "KILLED", reason)
-                logger.warning("MLflow run %s was still open: %s", marker.run_id, reason)
+                end_killed(server, run, marker.process)
             following.follow(server, marker.run_id, opening)
         except MlflowException as error:
             logger.warning("MLflow run %s could not be ended: %s", marker.run_id, error)
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 continue
         endings.unmark(markers, marker.run_id)
+
+
+def end_killed(server: Server, run: Run, process: endings.Process) -> None:
+    """End a run whose process is gone, and the child runs that are still open."""
+    run_id = run.info.run_id
+    reason = f"the process {process.pid} on {process.host} ended without a word"
+    _end(server, run_id, run.info.experiment_id, "KILLED", reason)
+    logger.warning("MLflow run %s was still open: %s", run_id, reason)
 
 
 def start(
