@@ -251,7 +251,7 @@ def runs(
     from .runs import described, differences, find, latest, reached, whole
     from .showing import console, show_differences, show_latest, show_whole
 
-    if len(run_ids) > 2:
+    if len(run_ids) > 2:  # click would end with status 2
         raise click.ClickException(f"RUN_ID: expected one or two ids, got {len(run_ids)}")
     seen: Any
     with _stdout_for_output(), _opened(metadata, env) as context, reached(context) as (server, _):

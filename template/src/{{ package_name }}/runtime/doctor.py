@@ -49,6 +49,8 @@ PATIENCE = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "PGCONNECT_TIMEOUT": "4",
     "AWS_MAX_ATTEMPTS": "2",
+    # Of the run that is made, and is gone when somebody looks.
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
 FIRST_PATIENCE = {"timeout": 4, "max_retries": 0}
 
@@ -69,15 +71,15 @@ class Finding:
     advice: str = ""
 
 
-class _FaultError(Exception):
+class _FaultError(ConfigError):
     """Something that a check finds to be wrong, and what to do."""
 
     def __init__(self, found: str, advice: str) -> None:
-        super().__init__(found)
-        self.found, self.advice = found, advice
+        super().__init__(advice)
+        self.found = found
 
 
-class _SkippedError(Exception):
+class _SkippedError(ConfigError):
     """There is no need for a check, or nothing to make it with."""
 
 
@@ -158,10 +160,10 @@ def _made(check: _Check, patient: _Patient) -> Finding:
     try:
         with _told(patient):
             return Finding(check.name, True, check.look(patient))
-    except _SkippedError as reason:
-        return Finding(check.name, None, str(reason))
-    except _FaultError as wrong:
-        return Finding(check.name, False, wrong.found, wrong.advice)
+    except _SkippedError as skipped:
+        return Finding(check.name, None, skipped.message)
+    except _FaultError as fault:
+        return Finding(check.name, False, fault.found, fault.message)
     except ConfigError as error:
         return Finding(check.name, False, check.failing, error.message)
     except Exception as error:  # of a kind that isn't known

@@ -254,8 +254,8 @@ def find(server: Server, options: ExperimentOptions, run_id: str) -> Run:
     where = shown_uri(server.tracking_uri)
     if not re.fullmatch(r"[\w-]+", run_id) or len(run_id) < SHORTEST_ID:
         raise ConfigError(
-            f"RUN_ID: expected the id of a run, or at least {SHORTEST_ID} characters that it begins with, "
-            f"got {run_id!r}"
+            f"RUN_ID: expected the id of a run, or at least {SHORTEST_ID} characters that it "
+            f"begins with, got {run_id!r}"
         )
     if not is_made(server):
         raise ConfigError(f"RUN_ID: there is no run {run_id!r}: {where} isn't made yet")
