@@ -369,6 +369,7 @@ def _artifacts(patient: _Patient) -> str:
         raise _SkippedError("made by the first run" if not patient.has_store else "")
     run_id, place = patient.run.info.run_id, patient.run.info.artifact_uri or ""
     client, content = patient.server.client, f"{NAME} {uuid4().hex}\n"
+    missing = _missing_folders(place)
     try:
         with (
             failures.told_of_artifacts(place, patient.server),
@@ -386,7 +387,19 @@ def _artifacts(patient: _Patient) -> str:
     if read != content:
         what = f"what is read back from {place} is not what was written: see to the storage"
         raise _FaultError("written, and another content read", what)
-    return _take_away(patient, place)
+    taken_away = _take_away(patient, place)
+    with suppress(OSError):  # somebody else's files are in it by now
+        for made in missing:
+            made.rmdir()
+    return taken_away
+
+
+def _missing_folders(place: str) -> list[Path]:
+    """List the folders that a place on this machine needs and doesn't have, the innermost first."""
+    if not place.startswith(("file:", "/")):
+        return []
+    folder = Path(local_path(place))
+    return [path for path in (folder, *folder.parents) if not path.exists()]
 
 
 def _take_away(patient: _Patient, place: str) -> str:
@@ -399,12 +412,6 @@ def _take_away(patient: _Patient, place: str) -> str:
         told = failures.of_artifacts(error, place, patient.server)
         why = (told or f"{type(error).__name__}: {error}").strip().partition("\n")[0]
         return f"written and read; {FILE} stays in {place}, which can't delete ({why})"
-    if place.startswith(("file:", "/")):
-        # A folder for the run and one for its artifacts, below that of the experiment.
-        folder = Path(local_path(place))
-        with suppress(OSError):  # somebody else's files are in it by now
-            folder.rmdir()
-            folder.parent.rmdir()
     return "written, read and deleted"
 
 
