@@ -307,7 +307,7 @@ def test_a_server_where_nothing_is_wrong_keeps_a_deleted_run_that_says_whose_it_
     assert "View run" not in ended.err
     found = finding(ended, "server")["found"]
     assert re.fullmatch(rf"{server.uri} answered in \d+ ms", found)
-    assert finding(ended, "clock")["found"] in ("0 s apart", "1 s apart")
+    assert re.fullmatch(r"\d+ s apart", finding(ended, "clock")["found"])
     client = served.client
     experiment = client.get_experiment_by_name(served.package)
     assert experiment
@@ -475,7 +475,7 @@ AHEAD = """
 import time
 
 real = time.time
-time.time = lambda: real() + 3600
+time.time = lambda: real() + 3630
 """
 
 
@@ -489,9 +489,7 @@ def test_a_clock_that_is_an_hour_ahead_is_told(
         ended = mlflow_command(on(project, f"http://127.0.0.1:{port}"), "doctor", "--json")
 
     assert oks(ended) == only("clock", SERVED)
-    assert re.match(
-        r"the server's clock is (1 h 00 min|59 min 59 s) ahead of this machine's: ", advice(ended)
-    )
+    assert advice(ended).startswith("the server's clock is 1 h 00 min ahead of this machine's: ")
 
 
 @pytest.mark.parametrize("noted", [True, False], ids=["noted", "not noted"])
