@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import yaml
+from mlflow import MlflowClient
 from mlflow.entities import ViewType
 
 from runtime import endings
@@ -571,20 +572,24 @@ def test_only_runs_whose_process_is_surely_gone_are_taken_for_left_open(
     }
 
 
-def test_runs_that_wait_to_be_sent_are_told(
-    project: Project, mlflow_command: Command, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    mlflow_command(project, "doctor")  # imports the project's own
-    recorded = [f"{number:032x}" for number in range(7)]
-    module = importlib.import_module(f"{project.package}.runtime.doctor")
-    monkeypatch.setattr(module, "waiting", lambda path: recorded if path == project.path else [])
+def test_runs_that_wait_to_be_sent_are_told(project: Project, mlflow_command: Command) -> None:
+    project.pipeline(ONE_NODE)
+    project.parameters({"x": 1})
+    away = f"http://127.0.0.1:{free_port()}"
+    offline = {"server": {"mlflow_tracking_uri": away}, "tracking": {"on_unreachable": "offline"}}
+    project.mlflow_yml(yaml.safe_dump(offline), env="prod")
+    project.run(env="prod")
+    (store,) = project.path.glob(".mlflow-offline/*/mlflow.db")
+    client = MlflowClient(f"sqlite:///{store.as_posix()}")
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    (run,) = client.search_runs(experiments)
 
     ended = mlflow_command(project, "doctor", "--json", "--env=prod")
 
     assert oks(ended)["offline runs"] is False
     told = finding(ended, "offline runs")
     assert told["advice"] == "`kedro mlflow sync --env=prod` sends them"
-    assert told["found"].startswith(f"7 runs recorded in this project: {recorded[0]}, ")
+    assert told["found"] == f"1 run recorded in this project: {run.info.run_id}"
 
 
 def test_no_secret_is_written(project: Project, mlflow_command: Command) -> None:

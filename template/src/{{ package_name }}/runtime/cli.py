@@ -210,7 +210,7 @@ def _sync(metadata: ProjectMetadata, env: str | None, dry_run: bool, prune: bool
     """
     from .sync import sync
 
-    with _stdout_for_output(), _opened(metadata, env) as context:
+    with _opened(metadata, env) as context:
         all_sent = sync(context, dry_run=dry_run, prune=prune)
     if not all_sent:
         raise SystemExit(1)
