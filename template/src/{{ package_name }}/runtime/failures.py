@@ -156,7 +156,7 @@ def is_refusal(error: BaseException) -> bool:
 
 def reason_of(error: BaseException) -> str:
     """Say in a few words why a server or a storage can't be used."""
-    from requests.exceptions import RequestException, RetryError, Timeout
+    from requests.exceptions import HTTPError, RequestException, RetryError, Timeout
 
     causes = _causes(error)
     if asked := _first(causes, NoAnswerError):
@@ -172,6 +172,9 @@ def reason_of(error: BaseException) -> str:
     if retried := _first(causes, RetryError):
         found = re.search(r"too many (\d+) error responses", str(retried))
         return f"it answered {found[1]}" if found else _in_short(str(retried))
+    answered = _first(causes, HTTPError)
+    if answered and answered.response is not None:
+        return f"it answered {answered.response.status_code}"
     if _first(causes, RequestException) and not getattr(error, "error_code", None):
         return "the connection was closed"
     message = getattr(error, "message", None) or str(error)
