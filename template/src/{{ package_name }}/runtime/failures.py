@@ -175,11 +175,12 @@ def reason_of(error: BaseException) -> str:
     answered = _first(causes, HTTPError)
     if answered and answered.response is not None:
         return f"it answered {answered.response.status_code}"
-    if _first(causes, RequestException) and not getattr(error, "error_code", None):
-        return "the connection was closed"
     message = getattr(error, "message", None) or str(error)
-    found = re.search(r"failed with error code (\d{3})", message)
-    return f"it answered {found[1]}" if found else _in_short(message)
+    if found := re.search(r"failed with error code (\d{3})", message):
+        return f"it answered {found[1]}"
+    if _first(causes, RequestException):
+        return "the connection was closed"
+    return _in_short(shown_uri(message))
 
 
 def _causes(error: BaseException) -> list[BaseException]:
