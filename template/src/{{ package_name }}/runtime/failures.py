@@ -398,11 +398,12 @@ def lack_of_models(server: Server) -> SettingError | None:
     from mlflow.utils.credentials import get_default_host_creds
     from mlflow.utils.rest_utils import http_request
 
-    if not server.tracking_uri.startswith(("http://", "https://")):
+    is_away = server.recording is not None and bool(server.recording.away)
+    if is_away or not server.tracking_uri.startswith(("http://", "https://")):
         return None
     try:
         answer = http_request(
-            get_default_host_creds(server.tracking_uri), "/version", "GET", max_retries=1, timeout=5
+            get_default_host_creds(server.tracking_uri), "/version", "GET", max_retries=0, timeout=5
         )
     except MlflowException as error:
         logger.info("The server doesn't tell its version: %s", error)
