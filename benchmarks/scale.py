@@ -143,8 +143,8 @@ PAGE = """\
 # How tracking grows
 
 Measured on {date} with Python {python}, Kedro {kedro}, MLflow {mlflow} and PostgreSQL {postgres} on
-{cores} cores: client, server and database on the same machine, one after the other or all at once as
-the tables say. The server is one worker with `MLFLOW_SQLALCHEMYSTORE_POOL_SIZE={connections}`.
+{cores} cores: client, server and database on the same machine, one after the other or all at once
+as the tables say. The server is one worker with `MLFLOW_SQLALCHEMYSTORE_POOL_SIZE={connections}`.
 
 ## With the nodes of a pipeline
 
