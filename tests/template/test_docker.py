@@ -166,6 +166,22 @@ def test_a_service_starts_when_those_it_needs_are_healthy(
     }
 
 
+def test_the_database_has_a_connection_for_each_thread_of_the_server(
+    services: dict[str, dict[str, Any]],
+) -> None:
+    server, database = services["mlflow"], services["postgres"]
+    (workers,) = (word for word in server["command"] if word.startswith("--workers="))
+    (allowed,) = (word for word in database["command"] if word.startswith("max_connections="))
+
+    pool = server["environment"]["MLFLOW_SQLALCHEMYSTORE_POOL_SIZE"]
+
+    # A worker has 40 threads, and a pool for runs and another one for registered models.
+    assert pool == 40
+    asked = int(workers.partition("=")[2]) * 2 * pool
+    # PostgreSQL keeps three for administrators.
+    assert asked <= int(allowed.partition("=")[2]) - 3
+
+
 def test_only_this_machine_reaches_the_server_and_nobody_what_is_behind_it(
     services: dict[str, dict[str, Any]],
 ) -> None:
