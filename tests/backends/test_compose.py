@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -19,7 +16,7 @@ import yaml
 
 from ..runtime.conftest import Project
 from ..runtime.s3 import S3
-from ..runtime.servers import free_port
+from ..runtime.servers import free_port, running
 from .postgres import Postgres
 from .work import check, fill
 
@@ -46,29 +43,10 @@ def served(service: dict[str, Any], folder: Path, hosts: dict[str, str]) -> Iter
     for name, host in hosts.items():
         words = words.replace(name, host)
         variables = {key: value.replace(name, host) for key, value in variables.items()}
-    server = subprocess.Popen(
-        [sys.executable, "-m", "mlflow", *words.split(), "--workers=1"],
-        cwd=folder,
-        env={**os.environ, **variables, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    assert server.stdout
-    log = []
-    try:
-        for line in server.stdout:
-            log.append(line)
-            if "Uvicorn running on" in line:
-                break
-        else:
-            raise AssertionError("".join(log))
-        threading.Thread(target=log.extend, args=(server.stdout,), daemon=True).start()
+    command = [sys.executable, "-m", "mlflow", *words.split(), "--workers=1"]
+    env = {**os.environ, **variables, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    with running(command, folder, env=env):
         yield f"http://127.0.0.1:{port}"
-    finally:
-        os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
 
 
 def make_user(postgres: Postgres, name: str, password: str) -> None:

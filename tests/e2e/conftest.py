@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from ..conftest import REPOSITORY
+from ..runtime.servers import running
 
 Shell = Callable[..., str]
 
@@ -49,28 +50,9 @@ def environment() -> dict[str, str]:
 @contextmanager
 def served(command: str, project: Path, port: int) -> Iterator[str]:
     """Run `mlflow models serve … 5001` on another port; gives the address."""
-    server = subprocess.Popen(
-        command.replace("5001", str(port)).split(),
-        cwd=project,
-        env=environment() | {"PYTHONUNBUFFERED": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    assert server.stdout
-    told = []
-    try:
-        for line in server.stdout:
-            told.append(line)
-            if "Uvicorn running on" in line:
-                break
-        else:
-            raise AssertionError("".join(told))
+    words = command.replace("5001", str(port)).split()
+    with running(words, project, env=environment(), end=signal.SIGINT):  # Ctrl-C
         yield f"http://127.0.0.1:{port}"
-    finally:
-        os.killpg(server.pid, signal.SIGINT)  # Ctrl-C
-        server.communicate(timeout=60)
 
 
 @pytest.fixture(scope="session")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
 import signal
-import subprocess
 import sys
 import urllib.request
 from pathlib import Path
@@ -14,7 +12,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from ..runtime.servers import free_port
+from ..runtime.servers import free_port, running
 from .conftest import Shell, commit_all, console_commands, environment, git, served
 
 
@@ -158,26 +156,10 @@ def test_every_command_of_a_projects_readme_works(
 
 
 def _look_at_the_pages(command: str, project: Path) -> None:
-    pages = subprocess.Popen(
-        command.split(),
-        cwd=project,
-        env=environment() | {"PYTHONUNBUFFERED": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    assert pages.stdout
-    address = ""
-    for line in pages.stdout:
-        if found := re.search(r"pages: (http://\S+)", line):
-            address = found[1]
-        if "Uvicorn running on" in line:
-            break
-    with urllib.request.urlopen(address) as page:
-        assert b"MLflow" in page.read()
-    os.killpg(pages.pid, signal.SIGINT)  # Ctrl-C
-    pages.communicate(timeout=60)
+    with running(command.split(), project, env=environment(), end=signal.SIGINT) as log:  # Ctrl-C
+        (address,) = re.findall(r"pages: (http://\S+)", "".join(log))
+        with urllib.request.urlopen(address) as page:
+            assert b"MLflow" in page.read()
 
 
 def test_an_update_brings_what_is_new_and_keeps_what_the_user_did(

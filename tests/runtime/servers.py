@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -25,6 +25,69 @@ def free_port() -> int:
         return port
 
 
+UVICORN = "Uvicorn running on"
+
+
+@contextmanager
+def running(
+    command: Sequence[str],
+    folder: Path,
+    *,
+    ready: str = UVICORN,
+    env: Mapping[str, str] = os.environ,
+    end: signal.Signals = signal.SIGKILL,
+    **owner: Any,
+) -> Iterator[list[str]]:
+    """Run a command, from when it is ready to the end of the block; gives the lines it prints.
+
+    Args:
+        command: The program and its arguments.
+        folder: Where it works.
+        ready: What it prints when it is ready.
+        env: Its environment.
+        end: The signal that ends it, and what it has started: an orderly end may take ten seconds.
+        owner: Whose process it is: `user`, `group` and `extra_groups` of `subprocess.Popen`.
+
+    Raises:
+        RuntimeError: It has ended before it was ready.
+    """
+    log: list[str] = []
+    process = subprocess.Popen(
+        command,
+        cwd=folder,
+        env={**env, "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        **owner,
+    )
+    assert process.stdout
+    try:
+        for line in process.stdout:
+            log.append(line)
+            if ready in line:
+                break
+        else:
+            raise RuntimeError(f"{' '.join(command)} ended:\n{''.join(log)}")
+        # It may not wait for a reader of what it prints.
+        threading.Thread(target=log.extend, args=(process.stdout,), daemon=True).start()
+        yield log
+    finally:
+        _end(process, end)
+
+
+def _end(process: subprocess.Popen[str], how: signal.Signals) -> None:
+    os.killpg(process.pid, how)
+    try:
+        process.wait(60)
+    finally:
+        # What it has left behind ends too; mostly there is nothing.
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
 MLFLOW = (sys.executable, "-m", "mlflow")
 
 
@@ -35,7 +98,7 @@ def mlflow_server(
     store: str = "",
     artifacts: str = "",
     mlflow: Sequence[str] = MLFLOW,
-    ready: str = "Uvicorn running on",
+    ready: str = UVICORN,
     env: Mapping[str, str] = MappingProxyType({}),
 ) -> Iterator[int]:
     """Serve a store with proxied artifacts, by default a SQLite file and a folder; gives the port.
@@ -54,35 +117,10 @@ def mlflow_server(
     store = store or f"sqlite:///{(folder / 'mlflow.db').as_posix()}"
     artifacts = artifacts or (folder / "artifacts").as_uri()
     command += [f"--backend-store-uri={store}", f"--artifacts-destination={artifacts}", *options]
-    log: list[str] = []
-    server = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=folder,
-        env={
-            **os.environ,
-            "PYTHONUNBUFFERED": "1",
-            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # half a dozen more processes
-            **env,
-        },
-        start_new_session=True,
-    )
-    assert server.stdout
-    try:
-        for line in server.stdout:
-            log.append(line)
-            if ready in line:
-                break
-        else:
-            raise RuntimeError("mlflow server ended:\n" + "".join(log))
-        # Nobody may wait for a reader of the log.
-        threading.Thread(target=log.extend, args=(server.stdout,), daemon=True).start()
+    # Jobs are half a dozen more processes.
+    env = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **env}
+    with running(command, folder, ready=ready, env=env):
         yield port
-    finally:
-        os.killpg(server.pid, signal.SIGKILL)  # its orderly end takes ten seconds
-        server.wait()
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
+import signal
 import sys
 import threading
 import urllib.request
@@ -23,7 +23,7 @@ from mlflow.entities import Run
 from mlflow.tracking import fluent
 
 from .conftest import Project
-from .servers import free_port
+from .servers import free_port, running
 
 THREADS = 8
 RUNS = 40
@@ -236,29 +236,10 @@ def test_runs_at_once_each_read_their_own_parameters_in_the_configuration(
 def kedro_server(project: Project) -> Iterator[str]:
     """Serve the project with `kedro server start`; gives the address."""
     port = free_port()
-    server = subprocess.Popen(
-        [sys.executable, "-m", "kedro", "server", "start", f"--port={port}"],
-        cwd=project.path,
-        env={**os.environ, "PYTHONUNBUFFERED": "1", "COLUMNS": "200"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert server.stdout
-    log: list[str] = []
-    try:
-        for line in server.stdout:
-            log.append(line)
-            if "Uvicorn running on" in line:
-                break
-        else:
-            raise RuntimeError("kedro server ended:\n" + "".join(log))
-        # Nobody may wait for a reader of the log.
-        threading.Thread(target=log.extend, args=(server.stdout,), daemon=True).start()
+    command = [sys.executable, "-m", "kedro", "server", "start", f"--port={port}"]
+    env = {**os.environ, "COLUMNS": "200"}
+    with running(command, project.path, env=env, end=signal.SIGTERM):
         yield f"http://127.0.0.1:{port}"
-    finally:
-        server.terminate()
-        server.wait(60)
 
 
 def post_run(address: str, **body: Any) -> dict[str, Any]:
