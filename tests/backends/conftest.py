@@ -18,13 +18,15 @@ from mlflow.tracking.request_header.registry import (
 
 from ..runtime.conftest import Project, elsewhere, empty_store, new_project, pattern
 from ..runtime.s3 import S3, s3_server
-from ..runtime.servers import mlflow_server
+from ..runtime.servers import CountingProxy, counting_proxy, mlflow_server
 from . import work
 from .postgres import Postgres, postgres_server
+from .storages import Locked, locked_s3_server, variables
+from .tokens import Gate
+from .work import SECRET
 
-__all__ = ["elsewhere", "empty_store", "new_project", "pattern"]
+__all__ = ["SECRET", "elsewhere", "empty_store", "new_project", "pattern"]
 
-SECRET = "change-me-to-something-long"
 RUNNERS = [SequentialRunner, ParallelRunner]
 
 Reach = Callable[..., Project]
@@ -115,6 +117,22 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         yield Served(port, folder)
 
 
+@dataclass(frozen=True)
+class Gated:
+    """A server, and in front of it a gate that asks for tokens."""
+
+    proxy: CountingProxy
+    gate: Gate
+    server: Served
+
+
+@pytest.fixture
+def gated(plain: Served) -> Iterator[Gated]:
+    gate = Gate()
+    with counting_proxy(plain.port, gate.refuse) as proxy:
+        yield Gated(proxy, gate, plain)
+
+
 @pytest.fixture(scope="session")
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """An MLflow server with MLflow's own basic authentication; its user is `admin`."""
@@ -151,4 +169,19 @@ def encrypted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 @pytest.fixture(scope="session")
 def s3() -> Iterator[S3]:
     with s3_server() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def proxying(s3: S3, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """An MLflow server that keeps artifacts in the bucket."""
+    folder = tmp_path_factory.mktemp("proxying")
+    place = f"s3://{s3.bucket}/proxied"
+    with mlflow_server(folder, artifacts=place, env=variables(s3)) as port:
+        yield Served(port, folder)
+
+
+@pytest.fixture
+def locked() -> Iterator[Locked]:
+    with locked_s3_server() as server:
         yield server

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import socket
-import threading
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import mlflow
@@ -14,8 +11,9 @@ import pytest
 import yaml
 
 from ..runtime.conftest import Project
-from ..runtime.servers import CountingProxy, counting_proxy, free_port, mlflow_server
-from .conftest import RUNNERS, SECRET, Reach, Served
+from ..runtime.servers import counting_proxy, free_port, mlflow_server
+from .conftest import RUNNERS, SECRET, Gated, Reach, Served
+from .tokens import USES, provide
 from .work import CATALOG, ENTRY, PASSWORD, TOKEN, USER, WITNESS, check, refused
 
 
@@ -31,80 +29,9 @@ def test_every_value_is_on_the_server(
     assert (run.info.artifact_uri or "").startswith("mlflow-artifacts:/")
 
 
-# How many requests a token holds for: it expires many times in a run.
-USES = 3
-
-PROVIDER = """
-import os
-import threading
-from urllib.request import urlopen
-
-from mlflow.tracking.request_header.abstract_request_header_provider import RequestHeaderProvider
-
-
-class FreshToken(RequestHeaderProvider):
-    \"\"\"Take a token from where they are issued, and another one when it has been used up.\"\"\"
-
-    def __init__(self, issuer, uses):
-        self._issuer, self._uses = issuer, uses
-        self._left, self._owner = 0, None
-        self._lock = threading.Lock()
-
-    def in_context(self):
-        return True
-
-    def request_headers(self):
-        with self._lock:
-            if self._left == 0 or self._owner != os.getpid():
-                with urlopen(self._issuer) as answer:
-                    self._token = answer.read().decode()
-                self._left, self._owner = self._uses, os.getpid()
-            self._left -= 1
-            return {"Authorization": f"Bearer {self._token}"}
-"""
-
-
-@dataclass
-class Gate:
-    """Issues tokens, and lets a request pass whose token has not been used too often."""
-
-    used: Counter[str] = field(default_factory=Counter)
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def refuse(self, path: str, headers: Mapping[str, str]) -> tuple[int, str] | None:
-        token = headers.get("Authorization", "").removeprefix("Bearer ")
-        with self.lock:
-            if path == "/token":
-                token = f"{SECRET}-{len(self.used)}"
-                self.used[token] = 0
-                return 200, token
-            if token not in self.used:
-                return 401, "no token"
-            self.used[token] += 1
-            return (401, "the token has expired") if self.used[token] > USES else None
-
-
-@dataclass(frozen=True)
-class Gated:
-    proxy: CountingProxy
-    gate: Gate
-    server: Served
-
-
-@pytest.fixture
-def gated(plain: Served) -> Iterator[Gated]:
-    """The server behind a gate that asks for tokens."""
-    gate = Gate()
-    with counting_proxy(plain.port, gate.refuse) as proxy:
-        yield Gated(proxy, gate, plain)
-
-
-def provide(project: Project, gated: Gated, uses: int) -> None:
+def use_tokens(project: Project, gated: Gated, uses: int) -> None:
     """Have a project take its tokens from the gate, and take each for that many requests."""
-    project.write(f"src/{project.package}/headers.py", PROVIDER)
-    arguments = {"issuer": f"{gated.proxy.uri}/token", "uses": uses}
-    provider = {"type": f"{project.package}.headers.FreshToken", "init_kwargs": arguments}
-    server = {"mlflow_tracking_uri": gated.proxy.uri, "request_header_provider": provider}
+    server = {"mlflow_tracking_uri": gated.proxy.uri, **provide(project, gated.proxy.uri, uses)}
     project.mlflow_yml(yaml.safe_dump({"server": server}, sort_keys=False))
 
 
@@ -113,7 +40,7 @@ def test_every_value_is_on_the_server_whose_tokens_expire_in_the_run(
     on: Reach, gated: Gated, runner: type, tmp_path: Path
 ) -> None:
     project = on(gated.proxy.uri)
-    provide(project, gated, USES)
+    use_tokens(project, gated, USES)
 
     project.run(runner=runner())
 
@@ -141,7 +68,7 @@ def test_a_token_that_is_not_taken_is_told(on: Reach, gated: Gated) -> None:
 
 def test_headers_whose_token_has_expired_are_told(on: Reach, gated: Gated) -> None:
     project = on(gated.proxy.uri)
-    provide(project, gated, uses=100)
+    use_tokens(project, gated, uses=100)
     # It expires before the last of the parameters are logged.
     project.parameters({f"p{i}": i for i in range(500)})
     project.mlflow_yml("tracking: {params: {dict_params: {flatten: true}}}", env="base")

@@ -3,33 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from uuid import uuid4
 
 import boto3  # type: ignore[import-untyped]
 import pytest
-import requests
 import yaml
-from moto.server import ThreadedMotoServer
 
 from ..runtime.conftest import Project
 from ..runtime.s3 import S3
 from ..runtime.servers import free_port, mlflow_server
 from .conftest import RUNNERS, SECRET, Served
+from .storages import ENDPOINT, KEY, KEY_SECRET, Locked, variables
 from .work import ENTRY, WITNESS, check, fill
-
-KEY, KEY_SECRET = "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"
-ENDPOINT = "MLFLOW_S3_ENDPOINT_URL"
-
-# Without them the client asks a service of Amazon for the place of a bucket, and for keys.
-QUIET = {"AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true"}
-
-
-def variables(s3: S3) -> dict[str, str]:
-    return {KEY: "testing", KEY_SECRET: SECRET, ENDPOINT: s3.endpoint, **QUIET}
-
 
 Store = Callable[..., Project]
 
@@ -82,15 +68,6 @@ def test_every_artifact_is_in_the_bucket_that_the_run_writes_to(
     assert SECRET.encode() not in (project.path / "mlflow.db").read_bytes()
 
 
-@pytest.fixture(scope="module")
-def proxying(s3: S3, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """An MLflow server that keeps artifacts in the bucket."""
-    folder = tmp_path_factory.mktemp("proxying")
-    place = f"s3://{s3.bucket}/proxied"
-    with mlflow_server(folder, artifacts=place, env=variables(s3)) as port:
-        yield Served(port, folder)
-
-
 @pytest.mark.parametrize("runner", RUNNERS)
 def test_every_artifact_is_in_the_bucket_that_the_server_writes_to(
     storing: Store, proxying: Served, s3: S3, runner: type, tmp_path: Path
@@ -105,47 +82,6 @@ def test_every_artifact_is_in_the_bucket_that_the_server_writes_to(
         for key in contents(s3)
     )
     assert not proxying.has(SECRET)
-
-
-@dataclass(frozen=True)
-class Locked:
-    """An S3 server that checks keys: the place of its bucket, and the variables that open it."""
-
-    s3: S3
-    opening: dict[str, str]
-
-
-@pytest.fixture
-def locked() -> Iterator[Locked]:
-    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
-    server.start()
-    try:
-        host, port = server.get_host_and_port()
-        s3 = S3(f"http://{host}:{port}", "locked")
-        where = {"endpoint_url": s3.endpoint, "region_name": "us-east-1"}
-        any_key = {"aws_access_key_id": "testing", "aws_secret_access_key": "testing"}
-        boto3.client("s3", **where, **any_key).create_bucket(Bucket=s3.bucket)
-        iam = boto3.client("iam", **where, **any_key)
-        user = uuid4().hex  # moto has one set of users in a process
-        iam.create_user(UserName=user)
-        policy = '{"Version": "2012-10-17", "Statement": [{"Effect": "Allow", "Action": "s3:*", '
-        policy += '"Resource": "*"}]}'
-        iam.put_user_policy(UserName=user, PolicyName="all", PolicyDocument=policy)
-        key = iam.create_access_key(UserName=user)["AccessKey"]
-        # From now on each request is checked.
-        requests.post(f"{s3.endpoint}/moto-api/reset-auth", data=b"0", timeout=10)
-        yield Locked(
-            s3,
-            {
-                KEY: key["AccessKeyId"],
-                KEY_SECRET: key["SecretAccessKey"],
-                ENDPOINT: s3.endpoint,
-                **QUIET,
-            },
-        )
-    finally:  # moto keeps this for all servers of a process
-        requests.post(f"{s3.endpoint}/moto-api/reset-auth", data=b"inf", timeout=10)
-        server.stop()
 
 
 def failed(project: Project, *options: str, **env: str) -> str:

@@ -74,6 +74,8 @@ def create_pipeline():
     return Pipeline([Node(see, None, "report")])
 """
 
+SECRET = "change-me-to-something-long"
+
 ENTRY = "the entry of credentials.yml that server.credentials names"
 USER, PASSWORD = "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"
 TOKEN = "MLFLOW_TRACKING_TOKEN"
