@@ -247,13 +247,18 @@ def test_what_is_compared_is_all_that_the_example_leaves(in_sqlite: InSqlite) ->
     assert set(predicted) == {"Adelie", "Chinstrap", "Gentoo"}
 
 
+THOROUGH = {"local": EVERY_PIPELINE, "prod": TRAINING}
+
+
 @pytest.mark.parametrize(
     ("name", "env", "pipelines"),
     [
-        *((name, "local", TRAINING) for name in ALWAYS),
+        *(pytest.param(name, "local", TRAINING, id=name) for name in ALWAYS),
         *(
-            pytest.param(name, env, pipelines, marks=pytest.mark.thorough)
-            for env, pipelines in (("local", EVERY_PIPELINE), ("prod", TRAINING))
+            pytest.param(
+                name, env, pipelines, id=f"{name}-{env}-thorough", marks=pytest.mark.thorough
+            )
+            for env, pipelines in THOROUGH.items()
             for name in [*ALWAYS, *ALSO]
         ),
     ],
