@@ -22,7 +22,7 @@ from .conftest import SECRET, Gated, Served
 from .postgres import PASSWORD as POSTGRES_PASSWORD
 from .postgres import Postgres
 from .storages import Locked
-from .tokens import USES, provide
+from .tokens import PROVIDER, USES, provide
 
 STUB = "conf/local/credentials.yml"
 
@@ -203,7 +203,13 @@ def kept(
 
 @pytest.fixture
 def example(new_project: Callable[..., Project]) -> Callable[..., Project]:
-    return lambda **answers: new_project(example=True, **answers)
+    def make(**answers: object) -> Project:
+        project = new_project(example=True, **answers)
+        # Its models carry the project's code, which is to be the same for all back ends.
+        project.write(f"src/{project.package}/headers.py", PROVIDER)
+        return project
+
+    return make
 
 
 @pytest.fixture(scope="module")
