@@ -20,21 +20,12 @@ from .conftest import SECRET, Reach, Served
 from .postgres import PASSWORD as PG_PASSWORD
 from .postgres import USER as PG_USER
 from .postgres import Postgres
+from .storages import ENDPOINT, KEY, KEY_SECRET, Locked, variables
 from .test_databases import set_up
-from .test_storages import (
-    ENDPOINT,
-    KEY,
-    KEY_SECRET,
-    Locked,
-    Store,
-    contents,
-    locked,
-    storing,
-    variables,
-)
+from .test_storages import Store, contents, storing
 from .work import CA, ENTRY, PASSWORD, USER, WITNESS
 
-__all__ = ["locked", "storing"]
+__all__ = ["storing"]
 
 
 def examined(project: Project, **env: str) -> tuple[dict[str, bool | None], str, str]:
