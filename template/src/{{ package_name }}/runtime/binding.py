@@ -301,7 +301,7 @@ def track(
         # Kedro passes what was typed in any order, another one each time.
         run_params = {**run_params, "pipeline_names": list(dict.fromkeys(_typed()["pipelines"]))}
     names = provenance.pipeline_names(run_params)
-    server = _server(config, context)
+    server = config.server.connection
     # A dataset that can't be made fails here, before there is a run.
     datasets = {name: catalog.get(name) for name in pipeline.datasets()}
     secrets = _secrets(context)
@@ -315,7 +315,7 @@ def track(
         logged, tags = _parameters(config, pipeline, catalog, secrets)
         try:
             run = tracking.start(
-                server,
+                _server(config, context),
                 config.tracking,
                 name=secrets.hide_in(config.tracking.run.name or "+".join(names)),
                 params=logged,

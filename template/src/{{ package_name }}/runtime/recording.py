@@ -11,8 +11,9 @@ import json
 import re
 import shutil
 import sqlite3
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -21,7 +22,7 @@ from urllib.parse import unquote
 from uuid import uuid4
 
 from . import endings
-from .loading import is_database, shown_uri, sqlite_file
+from .loading import ConfigError, is_database, shown_uri, sqlite_file
 
 if TYPE_CHECKING:
     from mlflow.store.model_registry.sqlalchemy_store import SqlAlchemyStore as SqlRegistry
@@ -122,6 +123,13 @@ def waiting(project_path: Path) -> list[str]:
     ]
 
 
+# How long one waits for another who sends the same run, in seconds.
+WAITING = 24 * 3600.0
+
+# So long it holds, in seconds, that a server is away: whoever sends looks for it more often.
+HOLDS = 90.0
+
+
 @dataclass(frozen=True)
 class Away:
     """A file that tells all processes of the project that the server is away, and why."""
@@ -129,25 +137,29 @@ class Away:
     file: Path
 
     def __bool__(self) -> bool:
-        return self.file.exists()
+        try:
+            noted = self.file.stat().st_mtime
+        except FileNotFoundError:
+            return False
+        return time.time() - noted < HOLDS
 
     def note(self, reason: str) -> bool:
         """Note that the server is away; tells whether this was news."""
-        news = not self
+        news = not self.file.exists()
         self.file.parent.mkdir(parents=True, exist_ok=True)
         self.file.write_text(reason, encoding="utf-8")
         return news
 
     def forget(self) -> bool:
         """Note that the server answers; tells whether this was news."""
-        news = bool(self)
+        news = self.file.exists()
         self.file.unlink(missing_ok=True)
         return news
 
     @property
     def reason(self) -> str:
-        """Why the server is away; nothing when it isn't."""
-        return self.file.read_text(encoding="utf-8") if self else ""
+        """Why the server was away when that was noted; nothing when it wasn't."""
+        return self.file.read_text(encoding="utf-8") if self.file.exists() else ""
 
 
 @dataclass(frozen=True)
@@ -208,25 +220,21 @@ class KedroRun:
         (self.folder / f"{notes.run_id}.json").unlink()
 
     @contextmanager
-    def lock(self, *, wait: bool = True) -> Iterator[bool]:
-        """Keep others from sending it at the same time; gives whether that could be had.
+    def lock(self) -> Iterator[None]:
+        """Keep others from sending or removing it meanwhile.
 
         SQLite locks a file in a way that every system knows, and that ends with the process.
         """
-        connection = sqlite3.connect(
-            self.folder / "lock", timeout=3600 if wait else 0, isolation_level=None
-        )
+        file = self.folder.with_name(f"{self.name}.lock")
+        connection = sqlite3.connect(file, timeout=WAITING, isolation_level=None)
         try:
-            try:
-                connection.execute("BEGIN EXCLUSIVE")
-            except sqlite3.OperationalError as error:
-                if "locked" not in str(error):
-                    raise
-                yield False
-                return
-            yield True
+            connection.execute("BEGIN EXCLUSIVE")
+            yield
         finally:
             connection.close()
+            if not self.folder.exists():
+                with suppress(PermissionError):  # on Windows, where somebody else waits for it
+                    file.unlink(missing_ok=True)
 
 
 @dataclass
@@ -320,8 +328,14 @@ def _store(folder: Path) -> SqlAlchemyStore:
 
     part_when_forked()
     uri, artifacts = _uri(folder), (folder / "artifacts").as_uri()
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder.parent / ".gitignore").write_text("*\n", encoding="utf-8")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder.parent / ".gitignore").write_text("*\n", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"Runs can't be recorded in {folder.parent} ({error.strerror}): make it writable, or "
+            "set tracking.on_unreachable in mlflow.yml to fail."
+        ) from error
     prepare(uri, artifacts)
     return SqlAlchemyStore(uri, artifacts)
 

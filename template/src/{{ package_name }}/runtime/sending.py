@@ -90,10 +90,11 @@ def send_locked(
 ) -> None:
     """Send it where nobody else can at the same time; `is_last` when no more will be recorded."""
     ids: dict[str, str] = {}
+    there = client_of(recording)
+    stores = _Creating.of(recording, there)
     for notes in run.notes():
         if not notes.ended and not notes.is_being_opened:
-            sender = _Sender(recording, run, notes, ids, step)
-            sender.send(is_last=is_last)
+            _Sender(recording, run, notes, ids, step, there, stores).send(is_last=is_last)
         ids[notes.run_id] = notes.remote_id
 
 
@@ -105,9 +106,8 @@ class _Creating:
     registry: Any
 
     @classmethod
-    def of(cls, recording: Recording) -> _Creating:
+    def of(cls, recording: Recording, client: MlflowClient) -> _Creating:
         uri, registry_uri = recording.tracking_uri, recording.registry_uri
-        client = client_of(recording)
         runs = brisk_store(uri) if is_http(uri) else client._tracking_client.store
         if is_http(registry_uri):
             return cls(runs, brisk_registry(registry_uri))
@@ -118,7 +118,14 @@ class _Sender:
     """Sends one MLflow run."""
 
     def __init__(
-        self, recording: Recording, run: KedroRun, notes: Notes, ids: dict[str, str], step: Step
+        self,
+        recording: Recording,
+        run: KedroRun,
+        notes: Notes,
+        ids: dict[str, str],
+        step: Step,
+        there: MlflowClient,
+        stores: _Creating,
     ) -> None:
         self._recording = recording
         self._run = run
@@ -126,8 +133,8 @@ class _Sender:
         self._ids = ids  # on the server, of the runs on the disk that come before this one
         self._step = step
         self._here = recording.store()
-        self._there = client_of(recording)
-        self._stores = _Creating.of(recording)
+        self._there = there
+        self._stores = stores
 
     def send(self, *, is_last: bool) -> None:
         run: Run = self._here.get_run(self._notes.run_id)
