@@ -24,6 +24,7 @@ from .offline import find_again
 from .recording import FOLDER, KedroRun, Recording, recording, remove
 from .sending import METRICS, contact, send_locked
 from .server import SettingError
+from .showing import count
 
 if TYPE_CHECKING:
     from kedro.framework.context import KedroContext
@@ -63,7 +64,7 @@ def sync(context: KedroContext, *, dry_run: bool, prune: bool) -> bool:
         moved = [run for run in found.kedro_runs() if run.is_sent]
         for run in moved:
             remove(found, run)
-        click.echo(f"Removed from the disk: {_runs(len(moved))}.")
+        click.echo(f"Removed from the disk: {count(len(moved), 'run')}.")
     return all_sent
 
 
@@ -103,7 +104,7 @@ def _send(
             run.note_sent()
             refused += [sentence for notes in run.notes() for sentence in notes.refused]
     where = shown_uri(found.tracking_uri)
-    click.echo(f"Sent to {where}: {_runs(len(waiting))}.")
+    click.echo(f"Sent to {where}: {count(len(waiting), 'run')}.")
     for sentence in refused:
         click.echo(f"Refused by the server: {sentence}", err=True)
     return not refused
@@ -117,7 +118,9 @@ def _tell_of_others(context: KedroContext, found: Recording, console: Console) -
             number = sum(not run.is_sent for run in runs)
             if number:
                 place = os.path.relpath(folder.parent, context.project_path)
-                console.print(f"For another server wait {_runs(number)}: see {place}, and --env.")
+                console.print(
+                    f"For another server wait {count(number, 'run')}: see {place}, and --env."
+                )
 
 
 def _show(waiting: Sequence[Outline], where: str) -> None:
@@ -125,12 +128,10 @@ def _show(waiting: Sequence[Outline], where: str) -> None:
     if not waiting:
         click.echo(f"Nothing waits for {where}.")
         return
-    columns = ("run", "started", "status", "runs", "params", "points", "models", "files", "size")
-    table = Table(*columns, title=f"To be sent to {where}")
+    table = Table("run", "started", "status", "what it holds", title=f"To be sent to {where}")
     for about in waiting:
         started = datetime.fromtimestamp(about.started).strftime("%Y-%m-%d %H:%M")
-        numbers = (about.runs, about.params, about.points, about.models, about.files)
-        table.add_row(about.name, started, about.status, *map(str, numbers), decimal(about.size))
+        table.add_row(about.name, started, about.status, about.contents)
     Console().print(table)
 
 
@@ -147,6 +148,18 @@ class Outline:
     models: int
     files: int
     size: int
+
+    @property
+    def contents(self) -> str:
+        """What there is, in words."""
+        counted = [
+            count(self.runs, "run"),
+            count(self.params, "parameter"),
+            count(self.points, "point"),
+            count(self.models, "model"),
+            count(self.files, "file"),
+        ]
+        return f"{', '.join(counted)} ({decimal(self.size)})"
 
     @property
     def steps(self) -> int:
@@ -212,7 +225,3 @@ def close(recording: Recording, run: KedroRun) -> None:
             logger.warning("The run %s was still open: %s", notes.run_id, reason)
     for file in run.folder.glob("*.process"):
         file.unlink()
-
-
-def _runs(number: int) -> str:
-    return "1 run" if number == 1 else f"{number} runs"
