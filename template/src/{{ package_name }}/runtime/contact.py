@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache, partial
 from typing import Any
 
@@ -57,7 +57,11 @@ def is_http(uri: str) -> bool:
 
 
 def ask(
-    credentials: Any, endpoint: str, method: str = "GET", body: dict[str, Any] | None = None
+    credentials: Any,
+    endpoint: str,
+    method: str = "GET",
+    body: dict[str, Any] | None = None,
+    pauses: Sequence[float] = PAUSES,
 ) -> Any:
     """Ask a server something, and once more when no answer comes; gives the answer.
 
@@ -66,6 +70,7 @@ def ask(
         endpoint: What is asked for: `/api/2.0/mlflow/…`.
         method: `GET` or `POST`.
         body: What is asked, as JSON.
+        pauses: Between one try and the next, in seconds.
 
     Raises:
         NoAnswerError: When none came for ten seconds, or only such as 503; its cause is the last
@@ -96,13 +101,13 @@ def ask(
         if answer is not None and answer.status_code < 500:
             return answer
         gone = time.monotonic() - start
-        is_over = tries > len(PAUSES) or PATIENCE - gone < 2 * PAUSES[tries - 1]
+        is_over = tries > len(pauses) or PATIENCE - gone < 2 * pauses[tries - 1]
         # What is created may be there though no answer came: nothing is created twice.
         if is_over or (method != "GET" and not _is_refused(problem)):
             times = "once" if tries == 1 else f"{tries} times"
             status = 0 if answer is None else answer.status_code
             raise NoAnswerError(f"asked {times} in {gone:.0f} s", status) from problem
-        time.sleep(PAUSES[tries - 1])
+        time.sleep(pauses[tries - 1])
 
 
 def _may_pass(error: Exception) -> bool:
@@ -141,11 +146,11 @@ def register() -> None:
 
 
 @lru_cache
-def brisk_store(uri: str) -> Any:
+def brisk_store(uri: str, pauses: Sequence[float] = PAUSES) -> Any:
     """Make a store of runs on a server that asks in this way."""
     from mlflow.store.tracking.rest_store import RestStore
 
-    return _brisk(RestStore, uri)
+    return _brisk(RestStore, uri, pauses)
 
 
 @lru_cache
@@ -153,10 +158,10 @@ def brisk_registry(uri: str) -> Any:
     """Make a store of registered models on a server that asks in this way."""
     from mlflow.store.model_registry.rest_store import RestStore
 
-    return _brisk(RestStore, uri)
+    return _brisk(RestStore, uri, PAUSES)
 
 
-def _brisk(kind: Any, uri: str) -> Any:
+def _brisk(kind: Any, uri: str, pauses: Sequence[float]) -> Any:
     from mlflow.utils.credentials import get_default_host_creds
     from mlflow.utils.proto_json_utils import parse_dict
     from mlflow.utils.rest_utils import verify_rest_response
@@ -168,7 +173,7 @@ def _brisk(kind: Any, uri: str) -> Any:
             endpoint, method = methods[api] if methods else self._get_endpoint_from_method(api)
             body = json.loads(json_body) if json_body else None
             answer = verify_rest_response(
-                ask(self.get_host_creds(), endpoint, method, body), endpoint
+                ask(self.get_host_creds(), endpoint, method, body, pauses), endpoint
             )
             found = api.Response()
             parse_dict(answer.json(), found)

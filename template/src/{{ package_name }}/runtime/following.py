@@ -54,7 +54,7 @@ def _follow(recording: Recording, run: KedroRun, stop: threading.Event) -> None:
     pause = EVERY
     while not stop.wait(pause):
         with _sending:
-            if recording.away and not look_for(recording):
+            if recording.away and not look_for(recording, once=True):
                 pause = min(2 * pause, AT_MOST)
                 continue
             try:
@@ -75,7 +75,7 @@ def settle(opening: str) -> None:
 
 
 def _settle(recording: Recording, run: KedroRun) -> None:
-    is_there = not recording.away or look_for(recording)
+    is_there = not recording.away or look_for(recording, once=True)
     with _sending, run.lock():
         is_last = run.leave()
         if is_there:

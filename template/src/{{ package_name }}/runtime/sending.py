@@ -56,10 +56,10 @@ def _no_step() -> None:
     pass
 
 
-def look_for(recording: Recording) -> bool:
-    """See whether a server answers, and note it; gives up after ten seconds."""
+def look_for(recording: Recording, *, once: bool = False) -> bool:
+    """See whether a server answers, and note it; gives up after ten seconds, or at once."""
     try:
-        contact(recording)
+        contact(recording, once=once)
     except Exception as error:  # each kind of store has errors of its own
         recording.away.note(reason_of(error))
         return False
@@ -67,11 +67,13 @@ def look_for(recording: Recording) -> bool:
     return True
 
 
-def contact(recording: Recording) -> None:
+def contact(recording: Recording, *, once: bool = False) -> None:
     """Ask a server for what costs it little, and needs all that the rest will need."""
     there = client_of(recording)  # knocks at a database
     uri = recording.tracking_uri
-    store = there._tracking_client.store if is_patient(uri) else brisk_store(uri)
+    store = there._tracking_client.store
+    if not is_patient(uri):
+        store = brisk_store(uri, ()) if once else brisk_store(uri)
     store.search_experiments(max_results=1)
 
 
