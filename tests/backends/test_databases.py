@@ -42,6 +42,31 @@ def test_every_value_is_in_postgresql_and_the_password_is_not(
     assert PASSWORD not in postgres.texts(project.package)
 
 
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_what_is_recorded_before_the_database_is_there_is_in_it_after_sync(
+    project: Project,
+    postgres: Postgres,
+    runner: type,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    uri = postgres.uri(project.package, USER, "postgresql+psycopg2")
+    set_up(project, uri, PGPASSWORD=PASSWORD)
+    file = project.path / "conf/local/mlflow.yml"
+    file.write_text(f"{file.read_text()}tracking: {{on_unreachable: offline}}\n")
+    project.run(runner=runner())
+
+    project.tracking_uri = postgres.create(project.package)
+    ended = project.kedro("mlflow", "sync", "--prune")
+
+    assert ended.returncode == 0, ended.stderr
+    monkeypatch.setenv("PGPASSWORD", PASSWORD)
+    check(project, tmp_path)
+    assert PASSWORD not in postgres.texts(project.package)
+    left = [path for path in (project.path / ".mlflow-offline").rglob("*") if path.is_file()]
+    assert {path.name for path in left} <= {".gitignore", "mlflow.db"}
+
+
 def set_up(project: Project, uri: str, **credentials: str) -> None:
     """Have runs kept in a database."""
     project.mlflow_yml(f"server:\n  mlflow_tracking_uri: '{uri}'\n  credentials: db\n")

@@ -9,8 +9,10 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property, lru_cache, partial
 from typing import TYPE_CHECKING, Any
@@ -232,6 +234,8 @@ class RecordingStore(_Store):
         return self._recording.kedro_run_of(run_id) is not None
 
     def _has_model(self, model_id: str) -> bool:
+        if getattr(_seeing, "as_server", False):
+            return False
         return is_there(self._local.get_logged_model, model_id)
 
     def get_run(self, run_id: str) -> Any:
@@ -519,18 +523,19 @@ class RecordingRegistry(_Store):
         run = _run_of_source(self._recording, source, run_id, model_id)
         if run is None or self._send_first(run):
             there = source_on_server(self._recording, source)
-            answered, version = self._try(
-                lambda: self._remote_for_creation.create_model_version(
-                    name,
-                    there,
-                    run_id,
-                    tags,
-                    run_link,
-                    description,
-                    local_model_path=local_model_path,
-                    model_id=model_id,
+            with as_the_server_sees():
+                answered, version = self._try(
+                    lambda: self._remote_for_creation.create_model_version(
+                        name,
+                        there,
+                        run_id,
+                        tags,
+                        run_link,
+                        description,
+                        local_model_path=local_model_path,
+                        model_id=model_id,
+                    )
                 )
-            )
             if answered:
                 return version
         if not is_there(self._local.get_registered_model, name):
@@ -560,6 +565,22 @@ def _run_of_source(
         made_by: str | None = store.get_logged_model(model_id).source_run_id
         return made_by
     return next(reversed(active_runs()), None)
+
+
+_seeing = threading.local()
+
+
+@contextmanager
+def as_the_server_sees() -> Iterator[None]:
+    """Have this thread find models where they are for the server.
+
+    The registry of a database asks the store that `mlflow.…` is pointed at for a model's place.
+    """
+    _seeing.as_server = True
+    try:
+        yield
+    finally:
+        _seeing.as_server = False
 
 
 def active_runs() -> list[str]:

@@ -369,7 +369,8 @@ def remove(found: Recording, run: KedroRun) -> None:
         _artifact_repos_cache.pop(notes.run_id, None)  # the same id may be the server's
         for name, _, version in (key.rpartition("/") for key in notes.versions):
             _unregister(found.registry(), name, version)
-    shutil.rmtree(run.folder)
+    if run.folder.is_dir():  # else another process was first
+        shutil.rmtree(run.folder)
 
 
 def _unregister(registry: SqlRegistry, name: str, version: str) -> None:

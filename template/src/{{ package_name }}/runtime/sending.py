@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from .contact import brisk_registry, brisk_store, is_http, is_patient
 from .failures import is_refusal, reason_of
-from .offline import find_again
+from .offline import as_the_server_sees, find_again
 from .recording import (
     EXPERIMENT,
     FIRST_EXPERIMENT,
@@ -489,17 +489,18 @@ class _Sender:
         if known:
             return known[0]
         model_id = model_of(version.source or "")  # the store on the disk doesn't keep it
-        created: ModelVersion = self._stores.registry.create_model_version(
-            version.name,
-            f"models:/{self._model_on_server(model_id)}"
-            if model_id
-            else source_on_server(self._recording, version.source or ""),
-            self._notes.remote_id,
-            [ModelVersionTag(key, value) for key, value in version.tags.items()],
-            version.run_link,
-            version.description,
-            model_id=self._model_on_server(model_id) if model_id else None,
-        )
+        with as_the_server_sees():
+            created: ModelVersion = self._stores.registry.create_model_version(
+                version.name,
+                f"models:/{self._model_on_server(model_id)}"
+                if model_id
+                else source_on_server(self._recording, version.source or ""),
+                self._notes.remote_id,
+                [ModelVersionTag(key, value) for key, value in version.tags.items()],
+                version.run_link,
+                version.description,
+                model_id=self._model_on_server(model_id) if model_id else None,
+            )
         return created
 
     def _send_version_tags(self, version: ModelVersion, there: str) -> None:

@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 from typing import TYPE_CHECKING
@@ -63,7 +63,8 @@ def sync(context: KedroContext, *, dry_run: bool, prune: bool) -> bool:
     if prune:
         moved = [run for run in found.kedro_runs() if run.is_sent]
         for run in moved:
-            remove(found, run)
+            with run.lock():
+                remove(found, run)
         click.echo(f"Removed from the disk: {count(len(moved), 'run')}.")
     return all_sent
 
@@ -83,6 +84,7 @@ def _send(
     except SettingError as error:
         raise mistake(context, error.key, str(error)) from error
     find_again(found)
+    replace(config.server.connection, folder=str(found.folder)).use()
     refused: list[str] = []
     bar = Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=console
