@@ -117,6 +117,11 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         yield Served(port, folder)
 
 
+@pytest.fixture
+def port(plain: Served) -> int:
+    return plain.port
+
+
 @dataclass(frozen=True)
 class Gated:
     """A server, and in front of it a gate that asks for tokens."""

@@ -195,14 +195,7 @@ def project(new_project: Callable[..., Project], empty_store: Path) -> Project:
 
 
 @pytest.fixture(scope="session")
-def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
-    """The port of an MLflow server."""
-    with mlflow_server(tmp_path_factory.mktemp("server")) as port:
-        yield port
-
-
-@pytest.fixture(scope="session")
-def server(port: int) -> Iterator[CountingProxy]:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CountingProxy]:
     """An MLflow server behind a proxy that counts requests."""
-    with counting_proxy(port) as proxy:
+    with mlflow_server(tmp_path_factory.mktemp("server")) as port, counting_proxy(port) as proxy:
         yield proxy

@@ -1,6 +1,6 @@
 """Whatever is killed, and whenever: nothing that was logged is lost, and nothing is there twice.
 
-Some moments are tried, chosen by a seed; with ALL_FAULTS=1 a hundred of a run, and all of `sync`.
+Some moments are tried, chosen by a seed; with --all a hundred of a run, and all of `sync`.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
+from ..runtime.conftest import Project
 from . import everything
-from .conftest import Project
 from .everything import Undisturbed
 from .faults import Fault, FaultyProxy, faulty_proxy
 
@@ -180,14 +180,16 @@ def whole(port: int, new_project: NewProject) -> list[str]:
     return _whole[port]
 
 
-def moments(kind: str, count: int, sample: int) -> list[int]:
-    """Choose some moments out of so many, always the same; or as many as there are to try."""
-    if everything.ALL:
-        return [n % count for n in range(max(count, 50))]
-    return sorted(random.Random(kind).sample(range(count), sample))
+def moments(kind: str, count: int, sample: int) -> list[Any]:
+    """Choose some moments out of so many, always the same; all are tried with --all."""
+    chosen = random.Random(kind).sample(range(count), sample)
+    return [
+        pytest.param(moment, marks=() if moment in chosen else pytest.mark.thorough)
+        for moment in range(count)
+    ]
 
 
-@pytest.mark.parametrize("number", moments("told", TELLS, 4))
+@pytest.mark.parametrize("number", moments("told", TELLS, 2))
 def test_what_a_killed_run_has_logged_is_there_after_sync(
     port: int, new_project: NewProject, whole: list[str], number: int
 ) -> None:
@@ -202,7 +204,7 @@ def test_what_a_killed_run_has_logged_is_there_after_sync(
         check_killed(project, port, proxy, whole)
 
 
-@pytest.mark.parametrize("number", moments("away", TELLS, 2))
+@pytest.mark.parametrize("number", moments("away", TELLS, 1))
 def test_what_a_run_has_logged_that_is_killed_while_the_server_is_away_is_there_after_sync(
     port: int, new_project: NewProject, whole: list[str], number: int
 ) -> None:
@@ -221,7 +223,7 @@ def test_what_a_run_has_logged_that_is_killed_while_the_server_is_away_is_there_
 
 
 @pytest.mark.parametrize("processed", [False, True], ids=["before", "after"])
-@pytest.mark.parametrize("index", moments("requests", REQUESTS, 3))
+@pytest.mark.parametrize("index", moments("requests", REQUESTS, 1))
 def test_a_run_that_is_killed_at_a_request_is_on_the_server_after_sync(
     port: int, new_project: NewProject, whole: list[str], index: int, processed: bool
 ) -> None:
@@ -279,12 +281,16 @@ def undisturbed(port: int, new_project: NewProject, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_sync_that_is_killed_is_done_by_the_next_one(
-    port: int, new_project: NewProject, undisturbed: Undisturbed, monkeypatch: pytest.MonkeyPatch
+    port: int,
+    new_project: NewProject,
+    undisturbed: Undisturbed,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ) -> None:
-    count = undisturbed.to_sync
-    indices = range(count) if everything.ALL else random.Random("sync").sample(range(count), 6)
+    every, count = request.config.getoption("--all"), undisturbed.to_sync
+    indices = range(count) if every else random.Random("sync").sample(range(count), 2)
     for number, index in enumerate(indices):
-        for processed in [False, True] if everything.ALL else [number % 2 == 0]:
+        for processed in [False, True] if every else [number % 2 == 0]:
             with faulty_proxy(port, Fault("refuse")) as proxy:
                 project = recorded(new_project(), proxy, monkeypatch)
                 at = len(proxy.requests) + index

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler
 from typing import Any, Literal, NamedTuple
 
-from .servers import free_port
+from ..runtime.servers import free_port
 
 Kind = Literal["refuse", "reset", "hang", "500", "503", "401", "slow", "full"]
 

@@ -16,12 +16,9 @@ from click.testing import CliRunner
 from kedro.framework.startup import bootstrap_project
 from mlflow import MlflowClient
 
-from .conftest import Project
+from ..runtime.conftest import Project
 from .faults import Fault, FaultyProxy, faulty_proxy
 from .stores import content
-
-# Whether to try all that tests have to try, which takes hours, or a sample of it.
-ALL = os.environ.get("ALL_FAULTS") == "1"
 
 # When the points of all metrics were measured: by the clock no two runs would have the same.
 PIPELINE = """

@@ -11,11 +11,14 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
+from ..runtime.conftest import Project
 from . import everything
-from .conftest import Project
 from .everything import Undisturbed
 from .faults import Fault, FaultyProxy, faulty_proxy, writes
 from .stores import content, differences, every
+
+# At which request the server is lost.
+FROM_THE_START, IN_MID_RUN = 0, 12
 
 NewProject = Callable[..., Project]
 
@@ -264,10 +267,21 @@ def test_what_was_sent_is_on_disk_until_it_is_pruned(
     assert "nothing" in everything.sync(project, "--prune").lower()
 
 
-@pytest.mark.parametrize("at", [0, 12], ids=["from the start", "in mid-run"])
 @pytest.mark.parametrize(
-    ("runner", "start_method"),
-    [("ThreadRunner", "fork"), ("ParallelRunner", "fork"), ("ParallelRunner", "spawn")],
+    ("runner", "start_method", "at"),
+    [
+        ("ThreadRunner", "fork", FROM_THE_START),
+        ("ParallelRunner", "spawn", IN_MID_RUN),
+        *(
+            pytest.param(*case, marks=pytest.mark.thorough)
+            for case in [
+                ("ThreadRunner", "fork", IN_MID_RUN),
+                ("ParallelRunner", "fork", FROM_THE_START),
+                ("ParallelRunner", "fork", IN_MID_RUN),
+                ("ParallelRunner", "spawn", FROM_THE_START),
+            ]
+        ),
+    ],
 )
 def test_a_run_without_a_server_is_whole_after_sync_whatever_the_runner(
     proxy: FaultyProxy,
