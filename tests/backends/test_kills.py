@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -237,6 +238,75 @@ def test_a_run_that_is_killed_at_a_request_is_on_the_server_after_sync(
         everything.sync(project)
 
         check_killed(project, port, proxy, whole)
+
+
+# Kills its process at a line of the function of the runtime that opens a child, or makes a model.
+TRACED = """
+import os
+import signal
+import sys
+
+import mlflow
+from kedro.pipeline import Node, Pipeline
+from PACKAGE.runtime.offline import RecordingStore
+
+CODE = getattr(RecordingStore, os.environ.get("FUNCTION", "create_run")).__code__
+left = int(os.environ.get("LINES", "0"))
+
+
+def trace(frame, event, _):
+    global left
+    if frame.f_code is not CODE:
+        return None
+    if event == "line":
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+    return trace
+
+
+def work():
+    mlflow.log_metric("before", 1.0, step=0, timestamp=1_700_000_000_000)
+    sys.settrace(trace)
+    with mlflow.start_run(nested=True, run_name="child"):
+        mlflow.log_metric("score", 0.5, step=0, timestamp=1_700_000_000_000)
+        mlflow.initialize_logged_model("made")
+    sys.settrace(None)
+    return True
+
+
+def create_pipeline():
+    return Pipeline([Node(work, None, "done")])
+"""
+LINES = 30  # that are executed to open a run, or more
+
+
+@pytest.mark.parametrize("line", moments("lines", LINES, 2))
+@pytest.mark.parametrize("function", ["create_run", "create_logged_model"])
+def test_what_is_killed_while_it_is_being_opened_is_on_the_server_once_after_sync(
+    port: int, new_project: NewProject, function: str, line: int
+) -> None:
+    with faulty_proxy(port) as proxy:
+        project = everything.fill(new_project(), proxy.uri)
+        project.pipeline(TRACED)
+        project.catalog("")
+
+        with everything.process(project, "run", FUNCTION=function, LINES=str(line + 1)) as run:
+            output = run.communicate()[0]
+        everything.sync(project)
+        said = everything.sync(project)
+
+    assert run.returncode in (-signal.SIGKILL, 0), output
+    assert said.startswith("Nothing waits for ")
+    found = everything.on_server(port, project, proxy)
+    names = [run["name"] for run in found["runs"]]
+    assert sorted(names) in (["__default__"], ["__default__", "child"])
+    (main,) = [run for run in found["runs"] if run["name"] == "__default__"]
+    assert main["metrics"] == {"before": [[0, 1_700_000_000_000, 1.0]]}
+    assert {run["status"] for run in found["runs"]} <= {"KILLED", "FINISHED"}
+    assert len(found["models"]) <= 1
+    if function == "create_logged_model" or run.returncode == 0:
+        assert "child" in names
 
 
 def test_the_next_run_sends_one_that_was_killed(

@@ -32,6 +32,7 @@ from .recording import (
     Notes,
     Recording,
     change_id,
+    is_recorded_experiment,
     is_remote_database,
     is_there,
     number_versions,
@@ -318,7 +319,7 @@ class RecordingStore(_Store):
 
     def _is_recorded(self, experiment_id: str) -> bool:
         """Tell whether an experiment is on the disk only."""
-        return int(experiment_id) >= FIRST_EXPERIMENT
+        return is_recorded_experiment(experiment_id)
 
     def _here(self, experiment_id: str) -> str:
         """See to it that an experiment of the server is on the disk too."""
@@ -365,9 +366,12 @@ class RecordingStore(_Store):
             return run
         run_id = remote.info.run_id
         sent = {tag.key: tag.value for tag in tags}
-        kedro_run.write(Notes(run_id, notes.opened, remote_id=run_id, tags=sent))
+        known = Notes(run_id, notes.opened, run_id, opening=notes.opening, tags=sent)
+        kedro_run.write(known)
         change_id(self._recording, "run", first, run_id)
         kedro_run.remove(notes)
+        known.opening = None
+        kedro_run.write(known)
         return self._local.get_run(run_id)
 
     def _kedro_run_for(self, parent: str | None) -> KedroRun | None:
@@ -439,17 +443,19 @@ class RecordingStore(_Store):
                 experiment_id, name, source_run_id, tags, params, model_type
             )
         tags = [*(tags or ()), LoggedModelTag(ORIGIN, uuid4().hex)]
-        if not self._is_recorded(experiment_id) and self._is_sent(source_run_id):
-            create = self._remote_for_creation.create_logged_model
-            answered, remote = self._try(
-                lambda: create(experiment_id, name, source_run_id, tags, params, model_type)
-            )
-        else:
-            answered, remote = False, None
-        name = remote.name if answered else name
         model = self._local.create_logged_model(
             experiment_id, name, source_run_id, tags, params, model_type
         )
+        if self._is_recorded(experiment_id) or not self._is_sent(source_run_id):
+            return model
+        create = self._remote_for_creation.create_logged_model
+        try:
+            answered, remote = self._try(
+                lambda: create(experiment_id, model.name, source_run_id, tags, params, model_type)
+            )
+        except BaseException:
+            self._local._hard_delete_logged_model(model.model_id)
+            raise
         if not answered:
             return model
         change_id(self._recording, "model", model.model_id, remote.model_id)
@@ -540,15 +546,13 @@ class RecordingRegistry(_Store):
                 return version
         if not is_there(self._local.get_registered_model, name):
             self._local.create_registered_model(name)
-        version = self._local.create_model_version(
-            name, source, run_id, tags, run_link, description, local_model_path, model_id
+        # The run that makes it is the one that it is sent with.
+        self._local.create_model_version(
+            name, source, run_id or run, tags, run_link, description, local_model_path, model_id
         )
         number_versions(self._recording, name)
-        return self._local.get_model_version(name, max(self._versions(name)))
-
-    def _versions(self, name: str) -> list[int]:
         found = self._local.search_model_versions(f"name = '{name}'")
-        return [int(version.version) for version in found]
+        return next(version for version in found if version.tags.get(ORIGIN) == origin.value)
 
 
 def _run_of_source(

@@ -399,6 +399,19 @@ def is_there(get: Callable[[str], Any], name: str) -> bool:
     return True
 
 
+def tidy(found: Recording, run: KedroRun) -> None:
+    """Forget notes of MLflow runs that aren't there: their process was killed on opening them."""
+    store = found.store()
+    for notes in run.notes():
+        if not notes.is_being_opened and not is_there(store.get_run, notes.run_id):
+            run.remove(notes)
+
+
+def is_recorded_experiment(experiment_id: str) -> bool:
+    """Tell whether an experiment is on the disk only."""
+    return str(experiment_id).isdecimal() and int(experiment_id) >= FIRST_EXPERIMENT
+
+
 def is_remote_database(uri: str) -> bool:
     """Tell whether a URI names a database that is not a file."""
     return is_database(uri) and sqlite_file(uri) is None

@@ -22,13 +22,14 @@ from .failures import is_refusal, reason_of
 from .offline import as_the_server_sees, find_again
 from .recording import (
     EXPERIMENT,
-    FIRST_EXPERIMENT,
     ORIGIN,
     KedroRun,
     ModelNotes,
     Notes,
     Recording,
+    is_recorded_experiment,
     is_remote_database,
+    tidy,
 )
 from .server import prepare
 
@@ -94,6 +95,7 @@ def send_locked(
     ids: dict[str, str] = {}
     there = client_of(recording)
     stores = _Creating.of(recording, there)
+    tidy(recording, run)
     for notes in run.notes():
         if not notes.ended and not notes.is_being_opened:
             _Sender(recording, run, notes, ids, step, there, stores).send(is_last=is_last)
@@ -576,7 +578,7 @@ def experiment_on_server(recording: Recording, there: MlflowClient, experiment_i
     experiment = here.get_experiment(experiment_id)
     tags = dict(experiment.tags)
     how = json.loads(tags.pop(EXPERIMENT, "{}"))
-    if int(experiment_id) >= FIRST_EXPERIMENT:
+    if is_recorded_experiment(experiment_id):
         found = there.get_experiment_by_name(how["name"])
         if found is None:
             return there.create_experiment(how["name"], how["artifact_location"], tags)

@@ -21,7 +21,7 @@ from . import credentials
 from .failures import reason_of, told_of_server
 from .loading import mistake, read_credentials, register_header_provider, shown_uri
 from .offline import find_again
-from .recording import FOLDER, KedroRun, Recording, recording, remove
+from .recording import FOLDER, KedroRun, Recording, recording, remove, tidy
 from .sending import METRICS, contact, send_locked
 from .server import SettingError
 from .showing import count
@@ -54,6 +54,9 @@ def sync(context: KedroContext, *, dry_run: bool, prune: bool) -> bool:
     console = Console(stderr=True)
     _tell_of_others(context, found, console)
     waiting = [run for run in found.kedro_runs() if not run.is_sent and not run.is_in_progress]
+    for run in waiting:
+        tidy(found, run)
+    waiting = [run for run in waiting if run.notes()]
     if dry_run:
         _show([outline(found, run) for run in waiting], where)
         return True
