@@ -35,7 +35,7 @@ from .recording import (
     is_recorded_experiment,
     is_remote_database,
     is_there,
-    number_versions,
+    number_version,
 )
 from .server import prepare
 
@@ -527,6 +527,16 @@ class RecordingRegistry(_Store):
         origin = ModelVersionTag(ORIGIN, uuid4().hex)
         tags = [*(tags or ()), origin]
         run = _run_of_source(self._recording, source, run_id, model_id)
+
+        def record(number: int | None) -> int:
+            if not is_there(self._local.get_registered_model, name):
+                self._local.create_registered_model(name)
+            # The run that makes it is the one that it is sent with.
+            made = self._local.create_model_version(
+                name, source, run_id or run, tags, run_link, description, local_model_path, model_id
+            )
+            return number_version(self._recording, name, int(made.version), number)
+
         if run is None or self._send_first(run):
             there = source_on_server(self._recording, source)
             with as_the_server_sees():
@@ -543,16 +553,10 @@ class RecordingRegistry(_Store):
                     )
                 )
             if answered:
+                # It may go away before the version has got its alias.
+                record(int(version.version))
                 return version
-        if not is_there(self._local.get_registered_model, name):
-            self._local.create_registered_model(name)
-        # The run that makes it is the one that it is sent with.
-        self._local.create_model_version(
-            name, source, run_id or run, tags, run_link, description, local_model_path, model_id
-        )
-        number_versions(self._recording, name)
-        found = self._local.search_model_versions(f"name = '{name}'")
-        return next(version for version in found if version.tags.get(ORIGIN) == origin.value)
+        return self._local.get_model_version(name, record(None))
 
 
 def _run_of_source(

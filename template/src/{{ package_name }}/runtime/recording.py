@@ -442,18 +442,20 @@ def change_id(found: Recording, kind: str, old: str, new: str) -> None:
             connection.execute(text(statement), {"old": old, "new": new})
 
 
-def number_versions(found: Recording, name: str) -> None:
-    """Number the versions on the disk in a way that none is taken for one on the server."""
+def number_version(found: Recording, name: str, old: int, new: int | None = None) -> int:
+    """Give a version on the disk another number, by default one that the server never gives."""
     from sqlalchemy import text
 
-    values = {"name": name, "first": FIRST_VERSION}
     with found.registry().engine.begin() as connection:
+        if new is None:
+            last = connection.execute(
+                text("SELECT max(version) FROM model_versions WHERE name = :name"), {"name": name}
+            ).scalar_one()
+            new = max(int(last), FIRST_VERSION) + 1
         connection.execute(text("PRAGMA defer_foreign_keys = ON"))
         for table in ("model_versions", "model_version_tags"):
             connection.execute(
-                text(
-                    f"UPDATE {table} SET version = version + :first "
-                    "WHERE name = :name AND version < :first"
-                ),
-                values,
+                text(f"UPDATE {table} SET version = :new WHERE name = :name AND version = :old"),
+                {"name": name, "old": old, "new": new},
             )
+    return new
