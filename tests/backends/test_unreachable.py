@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from mlflow import MlflowClient
 
 from ..runtime.conftest import Project
+from ..runtime.test_runs import ONE_NODE
 from . import everything
 from .everything import Undisturbed
 from .faults import Fault, FaultyProxy, faulty_proxy, writes
@@ -376,3 +378,22 @@ def test_a_sync_without_a_server_says_so_and_keeps_all(
     everything.sync(project)
     found = everything.on_server(port, project, proxy)
     assert differences(found, undisturbed.content) == []
+
+
+def test_runs_that_begin_at_once_without_a_server_are_all_recorded_in_one_experiment(
+    proxy: FaultyProxy, port: int, new_project: NewProject
+) -> None:
+    project = everything.fill(new_project(), proxy.uri)
+    project.pipeline(ONE_NODE)
+    project.parameters({"x": 1})
+    project.catalog("")
+    proxy.plan(Fault("refuse"))
+
+    with ThreadPoolExecutor(3) as pool:
+        ended = list(pool.map(lambda _: project.kedro("run"), range(3)))
+
+    assert [run.returncode for run in ended] == [0, 0, 0], "\n".join(run.stderr for run in ended)
+    proxy.heal()
+    everything.sync(project)
+    runs = everything.on_server(port, project, proxy)["runs"]
+    assert [(run["status"], run["params"]) for run in runs] == [("FINISHED", {"x": "1"})] * 3

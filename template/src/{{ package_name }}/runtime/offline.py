@@ -225,6 +225,9 @@ class RecordingStore(_Store):
         return getattr(self._local, name)(experiment_id, *args, **kwargs)
 
     def _search(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        within = inspect.signature(getattr(self._local, name)).bind(*args, **kwargs).arguments
+        if any(map(is_recorded_experiment, within.get("experiment_ids", ()))):
+            return getattr(self._local, name)(*args, **kwargs)
         # The runs that this thread is in are there too, as far as they have come.
         self._send_first(*active_runs())
         answered, found = self._try(lambda: getattr(self._remote, name)(*args, **kwargs))
@@ -305,7 +308,10 @@ class RecordingStore(_Store):
             return str(found)
         how = json.dumps({"name": name, "artifact_location": artifact_location})
         new = str(FIRST_EXPERIMENT + uuid4().int % FIRST_EXPERIMENT // 2)
-        return self._record_experiment(new, name, [*tags, ExperimentTag(EXPERIMENT, how)])
+        with self._recording.lock():
+            if known := self._local.get_experiment_by_name(name):  # by another process
+                return str(known.experiment_id)
+            return self._record_experiment(new, name, [*tags, ExperimentTag(EXPERIMENT, how)])
 
     def _record_experiment(self, experiment_id: str, name: str, tags: Iterable[Any] = ()) -> str:
         """Make an experiment on the disk that has a certain id."""
@@ -323,10 +329,13 @@ class RecordingStore(_Store):
 
     def _here(self, experiment_id: str) -> str:
         """See to it that an experiment of the server is on the disk too."""
-        if not is_there(self._local.get_experiment, experiment_id):
-            answered, found = self._try(lambda: self._remote.get_experiment(experiment_id))
-            name = found.name if answered else f"experiment {experiment_id}"
-            self._record_experiment(experiment_id, name)
+        if is_there(self._local.get_experiment, experiment_id):
+            return experiment_id
+        answered, found = self._try(lambda: self._remote.get_experiment(experiment_id))
+        name = found.name if answered else f"experiment {experiment_id}"
+        with self._recording.lock():
+            if not is_there(self._local.get_experiment, experiment_id):
+                self._record_experiment(experiment_id, name)
         return experiment_id
 
     def create_run(

@@ -85,6 +85,13 @@ class Recording:
         _, _, path = (uri or "").partition(f"/{FOLDER}/")
         return self.folder.joinpath(*unquote(path).split("/")[1:])
 
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep others from making an experiment on the disk meanwhile."""
+        self.store()  # it makes the folder
+        with _locked(self.folder / "experiments.lock"):
+            yield
+
     def kedro_runs(self) -> list[KedroRun]:
         """List the Kedro runs that are on the disk, the oldest first."""
         found = [KedroRun(folder) for folder in self.folder.glob("runs/*") if folder.is_dir()]
@@ -221,17 +228,12 @@ class KedroRun:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Keep others from sending or removing it meanwhile.
-
-        SQLite locks a file in a way that every system knows, and that ends with the process.
-        """
+        """Keep others from sending or removing it meanwhile."""
         file = self.folder.with_name(f"{self.name}.lock")
-        connection = sqlite3.connect(file, timeout=WAITING, isolation_level=None)
         try:
-            connection.execute("BEGIN EXCLUSIVE")
-            yield
+            with _locked(file):
+                yield
         finally:
-            connection.close()
             if not self.folder.exists():
                 with suppress(PermissionError):  # on Windows, where somebody else waits for it
                     file.unlink(missing_ok=True)
@@ -312,6 +314,20 @@ class Notes:
     def is_being_opened(self) -> bool:
         """Whether a process is about to create it on the server."""
         return self.opening is not None and not endings.Process(**self.opening).is_gone()
+
+
+@contextmanager
+def _locked(file: Path) -> Iterator[None]:
+    """Hold a lock.
+
+    SQLite locks a file in a way that every system knows, and that ends with the process.
+    """
+    connection = sqlite3.connect(file, timeout=WAITING, isolation_level=None)
+    try:
+        connection.execute("BEGIN EXCLUSIVE")
+        yield
+    finally:
+        connection.close()
 
 
 def _write(file: Path, content: Any) -> None:
