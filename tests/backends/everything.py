@@ -166,13 +166,13 @@ def on_server(port: int, project: Project, proxy: FaultyProxy) -> dict[str, Any]
 
 @dataclass(frozen=True)
 class Undisturbed:
-    """What is in the store after a run that nothing disturbs, and how many requests that takes.
+    """What is in the store after a run that nothing disturbs, and the requests that it makes.
 
     `to_sync` is the number of those that send a run later which was recorded without a server.
     """
 
     content: dict[str, Any]
-    requests: int
+    requests: list[str]
     to_sync: int
 
 
@@ -185,7 +185,7 @@ def undisturbed(port: int, new_project: Callable[..., Project]) -> Undisturbed:
         with faulty_proxy(port) as proxy:
             project = fill(new_project(), proxy.uri)
             project.run()
-            found, requests = on_server(port, project, proxy), len(proxy.requests)
+            found, requests = on_server(port, project, proxy), list(proxy.requests)
         with faulty_proxy(port, Fault("refuse")) as proxy:
             project = fill(new_project(), proxy.uri)
             project.run()

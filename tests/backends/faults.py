@@ -50,6 +50,7 @@ class Fault:
         processed: The server does what it is asked to, and then the answer is lost. Without it a
             request doesn't reach the server, but for half of the body of one that is reset.
         torn: The connection is reset in the middle of the answer, and not before it.
+        only: What the path of a request has that suffers; `at` counts such requests only.
     """
 
     kind: Kind
@@ -57,19 +58,24 @@ class Fault:
     times: int | None = None
     processed: bool = False
     torn: bool = False
+    only: str = ""
 
     def __post_init__(self) -> None:
-        if self.kind == "refuse" and (self.times or self.processed):
-            raise ValueError("A closed port can't count who knocks, nor pass anything on.")
+        if self.kind == "refuse" and (self.times or self.processed or self.only):
+            raise ValueError("A closed port can't count who knocks, nor choose, nor pass on.")
         if self.torn and not (self.kind == "reset" and self.processed):
             raise ValueError("There is only an answer to tear when the request was processed.")
 
     def __str__(self) -> str:
         how = " within the answer" if self.torn else " after all is done" * self.processed
-        return f"{self.kind}{how} from {self.at} {f'{self.times}x' if self.times else 'on'}"
+        of = f" of {self.only}" if self.only else ""
+        return f"{self.kind}{how} from {self.at}{of} {f'{self.times}x' if self.times else 'on'}"
 
-    def hits(self, index: int, request: str) -> bool:
-        """Tell whether a request suffers."""
+    def hits(self, request: str, before: list[str]) -> bool:
+        """Tell whether a request suffers that comes after others."""
+        if self.only not in request:
+            return False
+        index = sum(self.only in earlier for earlier in before)
         if self.kind == "full" and not writes(request):
             return False
         return self.at <= index and (self.times is None or index < self.at + self.times)
@@ -153,13 +159,12 @@ class FaultyProxy:
         """Count a request; gives the fault that it suffers from."""
         with self._lock:
             self._idle.discard(connection)
-            fault, index = self._fault, len(self.requests)
+            fault = self._fault
+            suffers = fault is not None and fault.hits(request, self.requests)
             self.requests.append(request)
             self.headers.append(headers)
             self._close_when_due()
-            if fault is None or not fault.hits(index, request):
-                return None
-            return fault
+            return fault if suffers else None
 
     def end(self, connection: socket.socket) -> bool:
         """Note that a request is answered; tells whether the connection may be used again."""

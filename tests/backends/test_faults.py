@@ -49,6 +49,24 @@ FAULTS = [
     Fault("full", times=4),
 ]
 
+# What the client asks for in a run, by the end of the paths. The number of a request changes with
+# what is sent in between, so that a fault at a number doesn't always meet the same one.
+ASKED = [
+    "experiments/get-by-name",
+    "experiments/create",
+    "runs/create",
+    "runs/log-batch",
+    "runs/log-inputs",
+    "mlflow/logged-models",
+    "runs/outputs",
+    "mlflow-artifacts/artifacts/",
+    "registered-models/create",
+    "model-versions/create",
+    "registered-models/get",
+    "registered-models/alias",
+    "runs/update",
+]
+
 NewProject = Callable[..., Project]
 
 
@@ -89,23 +107,51 @@ def test_a_run_that_something_disturbs_is_on_the_server_whole_after_sync(
 ) -> None:
     wrong = {}
 
-    for each in chosen(fault, undisturbed.requests, every=request.config.getoption("--all")):
+    for each in chosen(fault, len(undisturbed.requests), every=request.config.getoption("--all")):
         # MLflow's client may ask once more by itself, whatever it asks for.
         monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", str(each.at % 2))
-        with faulty_proxy(port, each) as proxy:
-            project = everything.fill(new_project(), proxy.uri)
-            try:
-                project.run()
-                proxy.heal()
-                everything.sync(project)
-            except Exception as error:  # the other requests are tried all the same
-                wrong[str(each)] = [f"{type(error).__name__}: {error}"]
-                continue
-            found = everything.on_server(port, project, proxy)
-        if found != undisturbed.content:
-            wrong[str(each)] = differences(found, undisturbed.content)
+        if found := what_is_wrong(each, port, new_project(), undisturbed):
+            wrong[str(each)] = found
 
     assert wrong == {}
+
+
+@pytest.mark.parametrize(
+    ("times", "processed"),
+    [
+        pytest.param(1, False, id="once"),
+        pytest.param(1, True, id="once, done", marks=pytest.mark.thorough),
+        pytest.param(None, False, id="on", marks=pytest.mark.thorough),
+        pytest.param(None, True, id="on, done", marks=pytest.mark.thorough),
+    ],
+)
+@pytest.mark.parametrize("asked", ASKED)
+def test_a_run_is_whole_after_sync_whatever_it_was_asking_for_when_the_connection_broke(
+    port: int,
+    new_project: NewProject,
+    undisturbed: Undisturbed,
+    asked: str,
+    processed: bool,
+    times: int | None,
+) -> None:
+    assert any(asked in request for request in undisturbed.requests)
+    fault = Fault("reset", times=times, processed=processed, only=asked)
+
+    assert what_is_wrong(fault, port, new_project(), undisturbed) == []
+
+
+def what_is_wrong(fault: Fault, port: int, project: Project, undisturbed: Undisturbed) -> list[str]:
+    """Run, with something that goes wrong, then sync; tell what the server has otherwise."""
+    with faulty_proxy(port, fault) as proxy:
+        everything.fill(project, proxy.uri)
+        try:
+            project.run()
+            proxy.heal()
+            everything.sync(project)
+        except Exception as error:  # the caller may have more to try
+            return [f"{type(error).__name__}: {error}"]
+        found = everything.on_server(port, project, proxy)
+    return differences(found, undisturbed.content)
 
 
 def test_two_runs_have_the_same_content_until_one_gets_anything_more(
