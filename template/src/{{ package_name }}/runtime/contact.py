@@ -22,8 +22,9 @@ CONNECTING = 3.0
 PAUSES = (0.5, 1.0, 2.0)
 
 # How often MLflow asks a server again, and how often while runs are recorded: what can't be sent is
-# sent again later anyway, and nobody is to wait for minutes.
-TRIES, FEW = "MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0"
+# sent again later anyway, and nobody is to wait for minutes. Written like this it is none that a
+# user has set.
+TRIES, FEW = "MLFLOW_HTTP_REQUEST_MAX_RETRIES", "00"
 
 # Begins the URI of a store that asks in this way.
 URI_SCHEME = "brisk"
