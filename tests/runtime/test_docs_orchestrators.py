@@ -7,7 +7,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,7 @@ from mlflow.utils.databricks_utils import get_databricks_host_creds
 
 from ..conftest import REPOSITORY
 from .conftest import Project
-from .servers import CountingProxy, free_port
+from .servers import CountingProxy, counting_proxy, free_port
 
 GUIDE = (REPOSITORY / "docs" / "orchestrators.md").read_text("utf-8")
 
@@ -163,12 +163,21 @@ def test_a_task_without_its_data_fails_and_leaves_the_run_open(shared: Project) 
     assert "score_shallow" in found.data.tags["kedro_error"]
 
 
+@pytest.fixture
+def nobody() -> Iterator[CountingProxy]:
+    """A host that knows nothing of itself: the client of Databricks asks five minutes for it."""
+    with counting_proxy(0, lambda *_: (404, "{}")) as proxy:
+        yield proxy
+
+
 def test_the_settings_of_the_guide_name_the_workspace_of_databricks(
-    project: Project, monkeypatch: pytest.MonkeyPatch
+    project: Project, nobody: CountingProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     project.write("conf/databricks/mlflow.yml", CONFIG)
-    project.write("conf/databricks/credentials.yml", CREDENTIALS)
-    given = yaml.safe_load(CREDENTIALS)["databricks"]
+    workspace = yaml.safe_load(CREDENTIALS)["databricks"]["DATABRICKS_HOST"]
+    written = CREDENTIALS.replace(workspace, nobody.uri)
+    project.write("conf/databricks/credentials.yml", written)
+    given = yaml.safe_load(written)["databricks"]
     for name in given:
         monkeypatch.delenv(name, raising=False)
     bootstrap_project(project.path)

@@ -15,8 +15,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 from uuid import uuid4
@@ -74,11 +74,11 @@ class Recording:
 
     def store(self) -> SqlAlchemyStore:
         """Give the store on the disk; it is made when it isn't there."""
-        return _store(self.folder)
+        return _stores(self.folder)[0]
 
     def registry(self) -> SqlRegistry:
         """Give the store of registered models on the disk."""
-        return _registry(self.folder)
+        return _stores(self.folder)[1]
 
     def files(self, uri: str | None) -> Path:
         """Give the folder with the files of a run or model, also when the project was moved."""
@@ -336,14 +336,35 @@ def _write(file: Path, content: Any) -> None:
     draft.replace(file)
 
 
-@lru_cache
-def _store(folder: Path) -> SqlAlchemyStore:
+# The stores on the disk that this process has open.
+_open: dict[Path, tuple[SqlAlchemyStore, SqlRegistry]] = {}
+_opening = Lock()
+
+
+def _stores(folder: Path) -> tuple[SqlAlchemyStore, SqlRegistry]:
+    """Open the stores of a folder; they are made when they aren't there, or not any more."""
+    from mlflow.store.model_registry.sqlalchemy_store import SqlAlchemyStore as SqlRegistry
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
     from .server import part_when_forked, prepare
 
-    part_when_forked()
-    uri, artifacts = _uri(folder), (folder / "artifacts").as_uri()
+    exists = (folder / "mlflow.db").exists()
+    if exists and (known := _open.get(folder)):
+        return known
+    with _opening:
+        if folder in _open and not exists:  # somebody has removed it meanwhile
+            for store in _open.pop(folder):
+                store.engine.dispose()
+        if folder not in _open:
+            part_when_forked()
+            _make(folder)
+            uri, artifacts = _uri(folder), (folder / "artifacts").as_uri()
+            prepare(uri, artifacts)
+            _open[folder] = SqlAlchemyStore(uri, artifacts), SqlRegistry(uri)
+        return _open[folder]
+
+
+def _make(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder.parent / ".gitignore").write_text("*\n", encoding="utf-8")
@@ -352,16 +373,6 @@ def _store(folder: Path) -> SqlAlchemyStore:
             f"Runs can't be recorded in {folder.parent} ({error.strerror}): make it writable, or "
             "set tracking.on_unreachable in mlflow.yml to fail."
         ) from error
-    prepare(uri, artifacts)
-    return SqlAlchemyStore(uri, artifacts)
-
-
-@lru_cache
-def _registry(folder: Path) -> SqlRegistry:
-    from mlflow.store.model_registry.sqlalchemy_store import SqlAlchemyStore
-
-    _store(folder)  # it makes the tables
-    return SqlAlchemyStore(_uri(folder))
 
 
 def _uri(folder: Path) -> str:
