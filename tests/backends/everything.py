@@ -160,7 +160,8 @@ def process(project: Project, *words: str, **env: str) -> Iterator[subprocess.Po
 
 def on_server(port: int, project: Project, proxy: FaultyProxy) -> dict[str, Any]:
     """Read what the server has of a project, past the proxy."""
-    client = MlflowClient(f"http://127.0.0.1:{port}")
+    uri = f"http://127.0.0.1:{port}"
+    client = MlflowClient(uri, uri)  # whatever this process uses else
     return content(client, project.package, names=stand_ins(project, proxy.uri))
 
 

@@ -304,7 +304,8 @@ def test_a_run_without_a_server_is_whole_after_sync_whatever_the_runner(
     assert ended.returncode == 0, ended.stdout + ended.stderr
     proxy.heal()
     everything.sync(project)
-    client = MlflowClient(f"http://127.0.0.1:{port}")
+    uri = f"http://127.0.0.1:{port}"
+    client = MlflowClient(uri, uri)
     names = {
         **everything.stand_ins(project, proxy.uri),
         f"kedro run --runner={runner}": "kedro run",
