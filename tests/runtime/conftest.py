@@ -180,6 +180,7 @@ def new_project(
     # Else it keeps away from what a test has switched on or off by itself.
     AUTOLOGGING_INTEGRATIONS.update(autologging)
     os.environ.pop("MLFLOW_EXPERIMENT_ID", None)  # mlflow.set_experiment leaves it there
+    os.environ.pop("MLFLOW_REGISTRY_URI", None)  # and mlflow.set_registry_uri this one
     fluent._active_run_stack.set([])
     fluent._active_experiment_id = None
     mlflow.set_tracking_uri(None)  # type: ignore[arg-type]
