@@ -18,7 +18,7 @@ PATIENCE = 9.0
 # So long it may take to get a connection.
 CONNECTING = 3.0
 
-# Between two tries, for a server that is being started again.
+# Between two tries, in seconds.
 PAUSES = (0.5, 1.0, 2.0)
 
 # How often MLflow asks a server again, and how often while runs are recorded: what can't be sent is
@@ -108,7 +108,7 @@ def ask(
             times = "once" if tries == 1 else f"{tries} times"
             status = 0 if answer is None else answer.status_code
             raise NoAnswerError(f"asked {times} in {gone:.0f} s", status) from problem
-        time.sleep(pauses[tries - 1])
+        time.sleep(pauses[tries - 1])  # time for a server that is being started again
 
 
 def _may_pass(error: Exception) -> bool:
