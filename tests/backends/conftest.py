@@ -19,7 +19,8 @@ from mlflow.tracking.request_header.registry import (
 from ..runtime.conftest import Project, elsewhere, empty_store, new_project, pattern
 from ..runtime.s3 import S3, s3_server
 from ..runtime.servers import CountingProxy, counting_proxy, mlflow_server
-from . import work
+from . import everything, work
+from .everything import Undisturbed
 from .postgres import Postgres, postgres_server
 from .storages import Locked, locked_s3_server, variables
 from .tokens import Gate
@@ -120,6 +121,17 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 @pytest.fixture
 def port(plain: Served) -> int:
     return plain.port
+
+
+@pytest.fixture
+def undisturbed(
+    port: int, new_project: Callable[..., Project], monkeypatch: pytest.MonkeyPatch
+) -> Undisturbed:
+    """What a run leaves on the server that nothing disturbs."""
+    with monkeypatch.context() as patch:
+        for name, value in everything.IMPATIENT.items():
+            patch.setenv(name, value)
+        return everything.undisturbed(port, new_project)
 
 
 @dataclass(frozen=True)

@@ -342,14 +342,6 @@ def recorded(project: Project, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPat
     return project
 
 
-@pytest.fixture
-def undisturbed(port: int, new_project: NewProject, monkeypatch: pytest.MonkeyPatch) -> Undisturbed:
-    with monkeypatch.context() as patch:
-        for name, value in everything.IMPATIENT.items():
-            patch.setenv(name, value)
-        return everything.undisturbed(port, new_project)
-
-
 def test_a_sync_that_is_killed_is_done_by_the_next_one(
     port: int,
     new_project: NewProject,

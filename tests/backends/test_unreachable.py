@@ -62,14 +62,6 @@ MADE_BY_LOADING = "registered_model_meta"
 
 
 @pytest.fixture
-def undisturbed(port: int, new_project: NewProject, monkeypatch: pytest.MonkeyPatch) -> Undisturbed:
-    with monkeypatch.context() as patch:
-        for name, value in everything.IMPATIENT.items():
-            patch.setenv(name, value)
-        return everything.undisturbed(port, new_project)
-
-
-@pytest.fixture
 def proxy(port: int) -> Iterator[FaultyProxy]:
     """The way to the server, on which nothing goes wrong yet."""
     with faulty_proxy(port) as proxy:
