@@ -10,7 +10,7 @@ import nox
 nox.needs_version = ">=2025.5.1"
 nox.options.default_venv_backend = "uv"
 nox.options.reuse_venv = "yes"
-nox.options.sessions = ["lint", "tests", "backends", "e2e"]
+nox.options.sessions = ["lint", "tests", "template", "backends", "e2e"]
 
 HERE = Path(__file__).parent
 ENV = {
@@ -47,24 +47,32 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """Test the runtime and the template; arguments go to pytest."""
-    install(session, "tests")
-    session.run("pytest", *(session.posargs or ["--numprocesses=auto"]))
+    """Test the runtime; arguments go to pytest."""
+    pytest(session, "tests/runtime")
+
+
+@nox.session
+def template(session: nox.Session) -> None:
+    """Test the template with every answer; `-- --all` tests what takes long too."""
+    pytest(session, "tests/template", group="tests")
 
 
 @nox.session
 def backends(session: nox.Session) -> None:
     """Track runs on real stores and servers; `-- --all` tests what takes long too."""
-    install(session, "backends")
-    options = ["--numprocesses=auto", "--dist=loadfile"]
-    session.run("pytest", "tests/backends", *options, *session.posargs)
+    pytest(session, "tests/backends", "--dist=loadfile")
 
 
 @nox.session
 def e2e(session: nox.Session) -> None:
     """Generate, install, run, test and update whole projects; arguments go to pytest."""
-    install(session, "e2e")
-    session.run("pytest", "tests/e2e", *(session.posargs or ["--numprocesses=auto"]))
+    pytest(session, "tests/e2e")
+
+
+def pytest(session: nox.Session, folder: str, *options: str, group: str | None = None) -> None:
+    """Run the tests of a folder; `group` names their packages when it isn't the session."""
+    install(session, group or session.name)
+    session.run("pytest", folder, "--numprocesses=auto", *options, *session.posargs)
 
 
 @nox.session(default=False)
@@ -91,7 +99,7 @@ def demo(session: nox.Session) -> None:
         project = Path(tempfile.mkdtemp(prefix="km-template-"), "penguins")
     if project.exists() and any(project.iterdir()):
         session.error(f"{project} is not empty: name a new folder.")
-    install(session, "template")
+    install(session, "copier")
     generate(session, project)
     # The project gets an environment of its own, not the session's.
     own = {

@@ -1,4 +1,7 @@
-"""What all tests share: the template as a plain folder, and projects made from it."""
+"""What all tests share: the template as a plain folder, and projects made from it.
+
+With `--all` what takes long is tested too.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,21 @@ for name in list(os.environ):
         del os.environ[name]
 
 Generate = Callable[..., Path]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all", action="store_true", help="test also what takes long")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "thorough: takes long, and runs with --all only")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--all"):
+        left = [item for item in items if item.get_closest_marker("thorough")]
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if item not in left]
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Real stores and servers, each started once on loopback; `--all` tests them all thoroughly."""
+"""Real stores and servers, each started once on loopback."""
 
 from __future__ import annotations
 
@@ -31,21 +31,6 @@ __all__ = ["SECRET", "elsewhere", "empty_store", "new_project", "pattern"]
 RUNNERS = [SequentialRunner, ParallelRunner]
 
 Reach = Callable[..., Project]
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--all", action="store_true", help="test also what takes long")
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "thorough: takes long, and runs with --all only")
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not config.getoption("--all"):
-        left = [item for item in items if item.get_closest_marker("thorough")]
-        config.hook.pytest_deselected(items=left)
-        items[:] = [item for item in items if item not in left]
 
 
 @pytest.fixture

@@ -64,7 +64,7 @@ def test_what_is_recorded_before_the_database_is_there_is_in_it_after_sync(
     check(project, tmp_path)
     assert PASSWORD not in postgres.texts(project.package)
     left = [path for path in (project.path / ".mlflow-offline").rglob("*") if path.is_file()]
-    assert {path.name for path in left} <= {".gitignore", "mlflow.db"}
+    assert {path.name for path in left} <= {".gitignore", "mlflow.db", "experiments.lock"}
 
 
 def set_up(project: Project, uri: str, **credentials: str) -> None:
