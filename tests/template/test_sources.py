@@ -70,8 +70,7 @@ def command_line(template: Path, folder: Path, *options: str, status: int = 0) -
         [sys.executable, "-m", "copier", "copy", "--quiet", *options, str(template), "project"],
         cwd=folder,
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        capture_output=True,
         encoding="utf-8",
     )
     assert done.returncode == status, done.stderr
