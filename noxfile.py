@@ -1,3 +1,8 @@
+#!/usr/bin/env -S uv run --script
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["nox[uv]>=2025.5.1"]
+# ///
 """What is done in this repository: `nox -l` lists it."""
 
 from __future__ import annotations
@@ -10,7 +15,6 @@ import nox
 nox.needs_version = ">=2025.5.1"
 nox.options.default_venv_backend = "uv"
 nox.options.reuse_venv = "yes"
-nox.options.sessions = ["lint", "tests", "template", "backends", "e2e"]
 
 HERE = Path(__file__).parent
 ENV = {
@@ -121,3 +125,7 @@ def generate(session: nox.Session, project: Path, *answers: str) -> None:
     session.run(
         "copier", "copy", "--quiet", "--defaults", "--vcs-ref=HEAD", *data, ".", str(project)
     )
+
+
+if __name__ == "__main__":
+    nox.main()

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ..conftest import Generate
+from ..conftest import REPOSITORY, Generate
 from .conftest import complaints
 
 GITHUB = ".github/workflows/ci.yml"
+DEPENDABOT = ".github/dependabot.yml"
 GITLAB = ".gitlab-ci.yml"
 
 # What a developer runs too; `--env=test` needs no server.
@@ -57,10 +58,16 @@ def test_gitlab_runs_the_linters_the_tests_and_a_tracked_run(gitlab: Path) -> No
     assert [command for command in commands if command != "pip install uv"] == COMMANDS
 
 
-def test_the_workflow_of_github_is_valid(github: Path) -> None:
-    schema = "vendor.github-workflows"
+@pytest.fixture(params=["of a project", "of this repository"])
+def on_github(request: pytest.FixtureRequest, github: Path) -> Path:
+    return REPOSITORY if "repository" in request.param else github
 
-    assert complaints(github, "check-jsonschema", "--builtin-schema", schema, GITHUB) == ""
+
+def test_the_files_for_github_are_valid(on_github: Path) -> None:
+    for kind, file in (("github-workflows", GITHUB), ("dependabot", DEPENDABOT)):
+        schema = f"vendor.{kind}"
+
+        assert complaints(on_github, "check-jsonschema", "--builtin-schema", schema, file) == ""
 
 
 def test_the_pipeline_of_gitlab_is_valid(gitlab: Path) -> None:
@@ -69,8 +76,10 @@ def test_the_pipeline_of_gitlab_is_valid(gitlab: Path) -> None:
     )
 
 
-def test_the_workflow_of_github_has_no_weakness_that_zizmor_knows(github: Path) -> None:
-    assert complaints(github, "zizmor", "--offline", "--persona=pedantic", GITHUB) == ""
+def test_the_files_for_github_have_no_weakness_that_zizmor_knows(on_github: Path) -> None:
+    files = [GITHUB, DEPENDABOT]
+
+    assert complaints(on_github, "zizmor", "--offline", "--persona=pedantic", *files) == ""
 
 
 def test_zizmor_does_find_weaknesses(github: Path, tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ conf/docker/mlflow.yml
 """.split()
 
 WITH_CI = {
-    "github": [".github/workflows/ci.yml"],
+    "github": [".github/dependabot.yml", ".github/workflows/ci.yml"],
     "gitlab": [".gitlab-ci.yml"],
     "none": [],
 }

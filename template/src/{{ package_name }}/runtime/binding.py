@@ -22,6 +22,7 @@ from .config import MlflowConfig, RequestHeaderProviderOptions
 from .datasets.tracked import TrackedDataset
 from .loading import (
     ConfigError,
+    configured_package,
     mistake,
     package_name,
     read_credentials,
@@ -73,7 +74,7 @@ def _arrive(*values: Any) -> Binding:
     must not find one: it fails at the second task of a worker.
     """
     binding = Binding(*values)
-    if project.PACKAGE_NAME is None and not project.settings.HOOKS:
+    if configured_package() is None and not project.settings.HOOKS:
         project.settings.configure(f"{binding.package_name}.settings")
     if not binding.header_provider.pass_context:  # there is no context in a worker
         credentials.register_header_provider(binding.header_provider, None)

@@ -83,26 +83,33 @@ def _describe(pid: int) -> Process:
 def _start_time(pid: int) -> float | None:
     """Tell when a process started, in seconds since 1970; None when it is not there any more."""
     if sys.platform == "linux":
-        try:
-            stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
-        except (FileNotFoundError, ProcessLookupError):
-            return None
-        # proc(5): the name, in brackets, may hold anything; the state is the field after it.
-        fields = stat.rpartition(")")[2].split()
-        if fields[0] == "Z":  # it has ended and its parent has not asked yet
-            return None
-        since_boot = int(fields[19]) / os.sysconf("SC_CLK_TCK")
-        return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + since_boot
-    if sys.platform == "win32":
+        started = _start_time_on_linux(pid)
+    elif sys.platform == "win32":
+        started = None
+    else:
+        found = subprocess.run(
+            ["ps", "-o", "lstart=", "-p", str(pid)],
+            env={**os.environ, "LC_ALL": "C"},
+            capture_output=True,
+            text=True,
+            check=False,
+        ).stdout.strip()
+        started = time.mktime(time.strptime(found)) if found else None
+    return started
+
+
+def _start_time_on_linux(pid: int) -> float | None:
+    assert sys.platform == "linux"  # for type checkers: elsewhere Python lacks what this needs
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
         return None
-    found = subprocess.run(
-        ["ps", "-o", "lstart=", "-p", str(pid)],
-        env={**os.environ, "LC_ALL": "C"},
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
-    return time.mktime(time.strptime(found)) if found else None
+    # proc(5): the name, in brackets, may hold anything; the state is the field after it.
+    fields = stat.rpartition(")")[2].split()
+    if fields[0] == "Z":  # it has ended and its parent has not asked yet
+        return None
+    since_boot = int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + since_boot
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from importlib.metadata import entry_points, version
 from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 import yaml
@@ -154,9 +154,14 @@ def _changed(options: _Model, **update: Any) -> _Model:
 
 def package_name(context: KedroContext) -> str:
     """Name the project's package; contexts of Kedro 1.0 don't always have it."""
+    return context._package_name or configured_package() or context.project_path.name
+
+
+def configured_package() -> str | None:
+    """Name the package of the project that Kedro is configured for, if it is for any."""
     from kedro.framework import project
 
-    return context._package_name or project.PACKAGE_NAME or context.project_path.name
+    return cast("str | None", project.PACKAGE_NAME)
 
 
 class _Sources:

@@ -62,11 +62,7 @@ class MlflowArtifactDataset(TrackedDataset):
         log_only: bool = False,
         save_to_run: bool = False,
     ) -> None:
-        if not (isinstance(dataset, dict) and "type" in dataset):
-            got = f"one with {list(dataset)}" if isinstance(dataset, dict) else repr(dataset)
-            raise DatasetError(
-                f"`dataset` is the dataset to wrap, a dictionary with a `type`, got {got}."
-            )
+        _check_wrapped(dataset)
         inside = PurePosixPath(artifact_path or "")
         if inside.is_absolute() or ".." in inside.parts:
             raise DatasetError(
@@ -265,6 +261,14 @@ class MlflowArtifactDataset(TrackedDataset):
         self.__dict__.update(state)
         if "_dataset" not in state:
             self._make(self.__dict__.pop("version"))
+
+
+def _check_wrapped(dataset: Any) -> None:
+    if not (isinstance(dataset, dict) and "type" in dataset):
+        got = f"one with {list(dataset)}" if isinstance(dataset, dict) else repr(dataset)
+        raise DatasetError(
+            f"`dataset` is the dataset to wrap, a dictionary with a `type`, got {got}."
+        )
 
 
 def _unversioned(config: dict[str, Any]) -> dict[str, Any]:

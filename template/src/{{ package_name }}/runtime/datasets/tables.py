@@ -181,11 +181,9 @@ class MlflowRunsDataset(TrackedDataset):
         include_current: bool = False,
         metadata: dict[str, Any] | None = None,
     ) -> None:
-        if limit is not None and (not isinstance(limit, int) or limit < 1):
-            raise DatasetError(f"`limit` is a number of runs from 1, got {limit!r}.")
         self.filter = filter
         self.order_by = _texts("order_by", order_by)
-        self.limit = limit
+        self.limit = _limit(limit)
         self.columns = _columns("columns", columns)
         self.experiment_names = _texts("experiment_names", experiment_names)
         self.include_current = include_current
@@ -263,7 +261,13 @@ def _only(name: str, given: dict[str, Any] | None, known: Sequence[str]) -> dict
     return given or {}
 
 
-def _texts(name: str, given: str | Sequence[str] | None) -> list[str]:
+def _limit(given: Any) -> int | None:
+    if given is not None and (not isinstance(given, int) or given < 1):
+        raise DatasetError(f"`limit` is a number of runs from 1, got {given!r}.")
+    return given
+
+
+def _texts(name: str, given: Any) -> list[str]:
     """Read a list of texts, which may be one text or missing."""
     texts = [given] if isinstance(given, str) else list(given or ())
     if wrong := [text for text in texts if not isinstance(text, str)]:
@@ -271,7 +275,7 @@ def _texts(name: str, given: str | Sequence[str] | None) -> list[str]:
     return texts
 
 
-def _columns(name: str, given: str | Sequence[str] | None) -> list[str]:
+def _columns(name: str, given: Any) -> list[str]:
     columns = _texts(name, given)
     for column in columns:
         if column not in _ATTRIBUTES and not column.startswith(_GROUPS):
