@@ -1,16 +1,20 @@
-"""Moving from kedro-mlflow is a change of import paths: the same run is in the store afterwards."""
+"""Moving from kedro-mlflow as `docs/adopting.md` says: the same runs are in the store."""
 
 from __future__ import annotations
 
 import re
 import shutil
+import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from .conftest import Shell
+from .conftest import Shell, commit_all, git
+from .guide import MOVING, commands, pairs, switch_on
 
 PEERS_MODULES = {
     "MlflowArtifactDataset": "artifacts",
@@ -28,7 +32,7 @@ def to_kedro_mlflow(project: Path) -> None:
     text = re.sub(
         r"\w+\.runtime\.(\w+)",
         lambda found: f"kedro_mlflow.io.{PEERS_MODULES[found[1]]}.{found[1]}",
-        catalog.read_text(),
+        without(catalog.read_text(), "scores"),  # kedro-mlflow has nothing like it
     )
     catalog.write_text(text)
     package = project / "src" / "penguins"
@@ -40,6 +44,17 @@ def to_kedro_mlflow(project: Path) -> None:
     (package / "cli.py").unlink()
     (package / "settings.py").write_text(
         'CONFIG_LOADER_ARGS = {"base_env": "base", "default_run_env": "local"}\n'
+    )
+    (project / ".copier-answers.yml").unlink()
+    (project / "conf/base/mlflow.schema.json").unlink()
+    # It leaves a relative `sqlite:///` to the working directory, and has no default experiment.
+    (project / "conf/base/mlflow.yml").write_text(
+        f"server: {{mlflow_tracking_uri: 'sqlite:///{project.as_posix()}/mlflow.db'}}\n"
+        "tracking: {experiment: {name: penguins}, params: {dict_params: {flatten: true}}}\n"
+    )
+    pyproject = project / "pyproject.toml"
+    pyproject.write_text(
+        re.sub(r'"mlflow>=.*"', '"kedro-mlflow==2.0.3"', pyproject.read_text(), count=1)
     )
 
 
@@ -69,14 +84,22 @@ def files(client: MlflowClient, run: Run, folder: str = "") -> set[str]:
     return found
 
 
-def in_store(project: Path) -> list[dict[str, Any]]:
-    """Tell what the runs of a project hold, without what no two runs share."""
-    client = MlflowClient(f"sqlite:///{project.as_posix()}/mlflow.db")
+def store(project: Path) -> MlflowClient:
+    return MlflowClient(f"sqlite:///{project.as_posix()}/mlflow.db")
+
+
+def runs_of(project: Path) -> list[Run]:
+    client = store(project)
     experiment = client.get_experiment_by_name("penguins")
     assert experiment
-    runs = client.search_runs([experiment.experiment_id])
+    return list(client.search_runs([experiment.experiment_id]))
+
+
+def contents(project: Path, runs: Collection[Run]) -> list[dict[str, Any]]:
+    """Tell what runs of a project hold, without what no two runs share."""
+    client = store(project)
     names = {run.info.run_id: run.info.run_name for run in runs}
-    models = client.search_logged_models([experiment.experiment_id])
+    models = client.search_logged_models(list({run.info.experiment_id for run in runs}))
     found = [
         {
             "name": run.info.run_name,
@@ -92,7 +115,7 @@ def in_store(project: Path) -> list[dict[str, Any]]:
             },
             "files": files(client, run),
             "models": sorted(
-                f"{version.name} {version.version}"
+                version.name
                 for version in client.search_model_versions(f"run_id = '{run.info.run_id}'")
             ),
             "logged models": sum(m.source_run_id == run.info.run_id for m in models),
@@ -116,37 +139,105 @@ print(list(model.predict(table)["predicted"]))
 
 def prediction(project: Path, shell: Shell) -> str:
     """Predict with the model that `pipeline_ml_factory` had logged."""
-    (project / "predict.py").write_text(PREDICT)
-    store = f"sqlite:///{project.as_posix()}/mlflow.db"
-    return shell(".venv/bin/python predict.py", project, MLFLOW_TRACKING_URI=store).splitlines()[-1]
+    return shell(f"uv run python -c '{PREDICT}'", project, **address(project)).splitlines()[-1]
 
 
-def test_the_example_logs_the_same_with_kedro_mlflow_and_with_the_runtime(
+def address(project: Path) -> dict[str, str]:
+    return {"MLFLOW_TRACKING_URI": f"sqlite:///{project.as_posix()}/mlflow.db"}
+
+
+def run_all(project: Path, shell: Shell) -> None:
+    """Run the pipelines of the example, and the one that `pipeline_ml_factory` makes."""
+    for options in ("", "--pipelines=inference"):
+        shell(f"uv run kedro run {options}", project)
+    catalog = project / "conf/base/catalog.yml"
+    as_it_was = catalog.read_text()
+    keep_classifier_in_a_folder(catalog)
+    shell("uv run kedro run --pipelines=service", project)
+    catalog.write_text(as_it_was)
+
+
+def test_the_example_logs_the_same_with_kedro_mlflow_and_after_moving_as_the_guide_says(
     clone: Path, tmp_path: Path, shell: Shell
 ) -> None:
-    ours, theirs = tmp_path / "ours" / "penguins", tmp_path / "theirs" / "penguins"
-    shell(f"uvx copier copy --defaults {clone} {ours}", tmp_path)
-    catalog = ours / "conf/base/catalog.yml"
-    catalog.write_text(without(catalog.read_text(), "scores"))  # kedro-mlflow has nothing like it
-    (ours / "conf/base/mlflow.schema.json").unlink()
-    (ours / "conf/base/mlflow.yml").write_text(
-        "server: {mlflow_tracking_uri: 'sqlite:///mlflow.db'}\n"
-        "tracking: {params: {dict_params: {flatten: true}}}\n"
-    )
-    shutil.copytree(ours, theirs)
-    to_kedro_mlflow(theirs)
-    # It leaves a relative `sqlite:///` to the working directory, and has no default experiment.
-    (theirs / "conf/base/mlflow.yml").write_text(
-        f"server: {{mlflow_tracking_uri: 'sqlite:///{theirs.as_posix()}/mlflow.db'}}\n"
-        "tracking: {experiment: {name: penguins}, params: {dict_params: {flatten: true}}}\n"
-    )
-    for project, plugin in ((ours, ""), (theirs, "kedro-mlflow==2.0.3")):
-        shell("uv venv --quiet", project)
-        shell(f"uv pip install --quiet --python .venv --editable . {plugin}", project)
-        for options in ("", "--pipelines=inference"):
-            shell(f".venv/bin/kedro run {options}", project, DO_NOT_TRACK="1")
-        keep_classifier_in_a_folder(project / "conf/base/catalog.yml")
-        shell(".venv/bin/kedro run --pipelines=service", project, DO_NOT_TRACK="1")
+    project = tmp_path / "penguins"
+    shell(f"uvx copier copy --defaults {clone} {project}", tmp_path)
+    to_kedro_mlflow(project)
+    git(project, "init", "--quiet")
+    commit_all(project, "With kedro-mlflow")
+    run_all(project, shell)
+    past = runs_of(project)
+    predicted = prediction(project, shell)
+    remove, copy, add, change_paths, init, _ = commands(MOVING, clone)
+    (error,) = re.findall(r"^```text\n(Error: .*)\n```$", MOVING, re.MULTILINE)
 
-    assert in_store(ours) == in_store(theirs)
-    assert prediction(ours, shell) == prediction(theirs, shell) == "['Adelie', 'Gentoo']"
+    shell(copy, project)
+    switch_on(project)
+    shell(change_paths, project)
+    assert error in shell("uv run kedro run", project, status=1)
+    assert len(runs_of(project)) == len(past)
+    shell(remove, project)
+    shell(add, project)
+    run_all(project, shell)
+
+    # In the same store and experiment.
+    ids = {run.info.run_id for run in past}
+    new = [run for run in runs_of(project) if run.info.run_id not in ids]
+    assert len(new) == len(past)
+    assert contents(project, new) == contents(project, past)
+    assert prediction(project, shell) == predicted == "['Adelie', 'Gentoo']"
+    # What only a pickle says: the first model is one of kedro-mlflow.
+    first = PREDICT.replace("latest", "1")
+    refused = shell(f"uv run python -c '{first}'", project, status=1, **address(project))
+    assert "No module named 'kedro_mlflow'" in refused
+    # All keys, with the values that stood there.
+    shell(init, project)
+    config = yaml.safe_load((project / "conf/base/mlflow.yml").read_text())
+    assert config["server"]["mlflow_tracking_uri"] == address(project)["MLFLOW_TRACKING_URI"]
+    assert config["tracking"]["params"]["dict_params"]["flatten"] is True
+    assert config["tracking"]["on_unreachable"] == "fail"
+
+
+def test_every_path_of_the_guides_table_is_changed_by_its_command(
+    tmp_path: Path, shell: Shell
+) -> None:
+    table = pairs(MOVING, starting="kedro_mlflow.") | pairs(MOVING, starting="from kedro_mlflow.")
+    (tmp_path / "src").mkdir()
+    (tmp_path / "conf").mkdir()
+    paths = tmp_path / "conf" / "catalog.yml"
+    paths.write_text("\n".join(table))
+    (command,) = [command for command in commands(MOVING) if command.startswith("perl")]
+
+    shell(command, tmp_path)
+
+    assert set(PEERS_MODULES) < {path.rpartition(".")[2] for path in table}
+    assert paths.read_text().splitlines() == list(table.values())
+
+
+LOG = """
+import mlflow
+
+mlflow.set_tracking_uri("mlruns")
+mlflow.set_experiment("penguins")
+with mlflow.start_run(run_name="past"):
+    mlflow.log_metric("accuracy", 0.9)
+    mlflow.log_text("all of it", "report.txt")
+"""
+
+
+def test_runs_in_a_folder_become_past_runs_of_the_project_with_their_files(
+    clone: Path, tmp_path: Path, shell: Shell
+) -> None:
+    project = tmp_path / "penguins"
+    shell(f"uvx copier copy --defaults --data=example=false {clone} {project}", tmp_path)
+    shell(f"{sys.executable} -c '{LOG}'", project, MLFLOW_ALLOW_FILE_STORE="true")
+    (migrate,) = [command for command in commands(MOVING) if "migrate" in command]
+
+    shell(migrate.replace("uv run", f"{sys.executable} -m"), project)
+    shell(f"{sys.executable} -m kedro run", project)
+
+    new, past = runs_of(project)
+    assert (past.info.run_name, past.data.metrics) == ("past", {"accuracy": 0.9})
+    for run, file in ((past, "report.txt"), (new, "message.txt")):
+        assert files(store(project), run) == {file}
+        assert (project / "mlruns") in Path(run.info.artifact_uri.removeprefix("file://")).parents

@@ -34,9 +34,10 @@ class MlflowHook:
     run too, and when one of them fails the run ends as well.
     """
 
-    @hook_impl
+    @hook_impl(tryfirst=True)
     def after_context_created(self, context: KedroContext) -> None:
         """Offer `context.mlflow`, which reads `mlflow.yml` when it is first used."""
+        _refuse_kedro_mlflow(context)
         _offer_config(context)
         _context.set(context)
         if "IPython" in sys.modules and sys.modules["IPython"].get_ipython():
@@ -146,6 +147,20 @@ class MlflowHook:
         if sentence := sentence_of(catalog, error):
             raise sentence from error
         return result
+
+
+def _refuse_kedro_mlflow(context: KedroContext) -> None:
+    """Say that the plugin would track the same runs, before it reads an mlflow.yml of ours."""
+    if any(
+        type(plugin).__module__.partition(".")[0] == "kedro_mlflow"
+        for plugin in context._hook_manager.get_plugins()
+    ):
+        from .loading import ConfigError
+
+        raise ConfigError(
+            "kedro-mlflow is installed, and would track every run a second time: uninstall it, or "
+            'write DISABLE_HOOKS_FOR_PLUGINS = ("kedro_mlflow",) into settings.py.'
+        )
 
 
 def _offer_config(context: KedroContext) -> None:

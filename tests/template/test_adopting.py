@@ -1,0 +1,74 @@
+"""`--data adopt=true` brings the runtime to a Kedro project, and nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ..conftest import Generate
+from .conftest import files
+
+COMES = {
+    ".copier-answers.yml",
+    "conf/base/mlflow.schema.json",
+    "conf/base/mlflow.yml",
+    "src/flights/cli.py",
+}
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A Kedro project in a folder that isn't called like its package."""
+    folder = tmp_path / "My work"
+    for name in (
+        "README.md",
+        "pyproject.toml",
+        "conf/base/catalog.yml",
+        "src/flights/__init__.py",
+        "src/flights/settings.py",
+        "src/flights/pipeline_registry.py",
+    ):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(f"# my {name}\n")
+    return folder
+
+
+def added(project: Path, before: dict[str, bytes]) -> set[str]:
+    """List what is new but for the runtime; nothing may have changed."""
+    now = files(project)
+    assert {name: now[name] for name in before} == before
+    return {name for name in now.keys() - before.keys() if "/runtime/" not in name}
+
+
+def test_the_runtime_comes_into_the_package_that_is_there_and_changes_nothing(
+    generate: Generate, project: Path, template: Path
+) -> None:
+    before = files(project)
+
+    generate(project, adopt=True)
+
+    assert added(project, before) == COMES
+    ours = files(template / "template/src/{{ package_name }}/runtime")
+    assert files(project / "src/flights/runtime") == ours
+
+
+def test_answers_say_how_an_adopting_projects_runs_are_tracked(
+    generate: Generate, project: Path
+) -> None:
+    before = files(project)
+    address = "https://mlflow.example.org"
+
+    generate(project, adopt=True, tracking_backend="server", tracking_uri=address, scale_out="dask")
+
+    assert added(project, before) == COMES | {"src/flights/runner.py"}
+    config = yaml.safe_load((project / "conf/base/mlflow.yml").read_text("utf-8"))
+    assert config["server"]["mlflow_tracking_uri"] == address
+    assert config["tracking"]["experiment"]["name"] == "flights"
+
+
+def test_a_new_project_hears_nothing_of_adopting(generate: Generate, tmp_path: Path) -> None:
+    project = generate(tmp_path / "penguins")
+
+    assert "adopt" not in yaml.safe_load((project / ".copier-answers.yml").read_text("utf-8"))
