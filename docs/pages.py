@@ -61,9 +61,9 @@ def gather() -> None:
 
 
 def sources() -> list[Path]:
-    """List the pages of this folder, with pictures and style."""
-    kinds = {".md", ".css", ".png", ".svg"}
-    return sorted(file for file in DOCS.rglob("*") if file.suffix in kinds)
+    """List the files of this folder: pages, and what they show or link to."""
+    found = (file for file in DOCS.rglob("*") if file.is_file())
+    return sorted(file for file in found if file != Path(__file__) and file.suffix != ".pyc")
 
 
 def on_the_site(file: Path, text: str, places: dict[Path, str]) -> str:
