@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from pathlib import Path
 
@@ -47,6 +48,20 @@ def lint(session: nox.Session) -> None:
                 session.run("ruff", "check", ".")
                 session.run("ruff", "format", "--check", ".")
                 session.run("mypy")
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Build the documentation's site into site/html and check it; `-- serve` shows it."""
+    if sys.version_info < (3, 11):
+        session.skip("Zensical, which builds the site, needs Python 3.11.")
+    install(session, "docs")
+    session.run("python", "-m", "docs.pages", silent=True)
+    if session.posargs == ["serve"]:
+        session.run("zensical", "serve")
+    else:
+        session.run("zensical", "build", "--strict", "--clean")
+        session.run("pytest", "tests/docs", *session.posargs)
 
 
 @nox.session

@@ -250,7 +250,10 @@ class MlflowConfig(_Options):
         """Point `mlflow.…` in this process at the project, as notebooks want it.
 
         Sets the tracking and registry URI and the experiment, exports the credentials and
-        registers the header provider. Takes the context whose `mlflow` this is.
+        registers the header provider.
+
+        Args:
+            context: The Kedro context whose `mlflow` this is.
         """
         from .loading import read_credentials, register_header_provider
         from .server import set_up

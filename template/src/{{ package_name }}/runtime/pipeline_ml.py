@@ -46,6 +46,9 @@ def pipeline_ml_factory(
             and `signature` is `auto`: inferred from the data of `input_name`, the output and the
             parameters. There may be a `registered_model_alias` beside a `registered_model_name`.
 
+    Returns:
+        The training pipeline, to be used like any other.
+
     Raises:
         PipelineError: When that can't be done, naming the dataset or argument.
     """

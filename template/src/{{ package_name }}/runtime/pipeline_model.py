@@ -122,8 +122,13 @@ class KedroPipelineModel(PythonModel):
     def extract_pipeline_artifacts(self, parameters_saving_folder: Path) -> dict[str, str]:
         """Copy the datasets that the pipeline needs, for the argument `artifacts` of `log_model`.
 
-        Takes a folder to copy to, which has to stay until the model is logged. Gives the path of
-        each dataset's copy. What is in no file is loaded and pickled.
+        What is in no file is loaded and pickled.
+
+        Args:
+            parameters_saving_folder: Where to copy to; it has to stay until the model is logged.
+
+        Returns:
+            The path of each dataset's copy, by the dataset's name.
 
         Raises:
             DatasetError: When a dataset has nothing to load.
