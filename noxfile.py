@@ -53,7 +53,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def docs(session: nox.Session) -> None:
     """Build the documentation's site into site/html and check it; `-- serve` shows it."""
-    if sys.version_info < (3, 11):
+    if sys.version_info.minor < 11:
         session.skip("Zensical, which builds the site, needs Python 3.11.")
     install(session, "docs")
     session.run("python", "-m", "docs.pages", silent=True)

@@ -27,6 +27,7 @@ from .cases import (
     Store,
     Variant,
 )
+from .copying import COPYING, measure_copies
 from .environments import make_environments
 from .measure import Measured, measure
 from .predictions import MeasuredPrediction, measure_prediction
@@ -44,6 +45,7 @@ def main(arguments: Sequence[str]) -> int:
         return scale.main(options.environments.resolve())
     chosen = [what for what in (*CASES, *COMMANDS) if re.search(options.only, what.name)]
     predictions = [what for what in PREDICTIONS if re.search(options.only, what.name)]
+    copying = [what for what in COPYING if re.search(options.only, what.name)]
     stores: tuple[Store, ...] = (options.store,) if options.store else STORES
     environments = make_environments(options.environments.resolve())
     with tempfile.TemporaryDirectory() as folder:
@@ -51,16 +53,17 @@ def main(arguments: Sequence[str]) -> int:
         generate(bench.generated)
         results = bench.measure(chosen, stores)
         predicted = bench.measure_predictions(predictions)
+        copied = measure_copies(copying, Path(folder) / "copies", options.repetitions)
     results.sort(key=lambda result: chosen.index(result.what))
 
-    print(f"\n{report.tables(results, predicted)}\n")
+    print(f"\n{report.tables(results, predicted, copied)}\n")
     if not options.only and not options.store:
-        page = report.page(results, predicted, options.repetitions)
+        page = report.page(results, predicted, copied, options.repetitions)
         RESULTS.write_text(page, encoding="utf-8")
     complaints = [complaint for result in results for complaint in result.complaints()]
     complaints += [complaint for result in predicted for complaint in result.complaints()]
-    if not results and not predicted:
-        complaints.append(f"No run, command or prediction matches {options.only!r}.")
+    if not results and not predicted and not copied:
+        complaints.append(f"No run, command, prediction or copy matches {options.only!r}.")
     for complaint in complaints:
         print(complaint, file=sys.stderr)
     return 1 if complaints else 0

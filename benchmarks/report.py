@@ -9,6 +9,7 @@ from datetime import date
 from importlib.metadata import version
 
 from .cases import Case, Command
+from .copying import MeasuredCopy
 from .environments import PEER, PEER_VERSION
 from .measure import Measured
 from .predictions import CALLS, MeasuredPrediction
@@ -46,6 +47,7 @@ PREDICTIONS_HEADER = (
     "ours, µs above",
     "ours ÷ peer",
 )
+COPIES_HEADER = ("command", "files", "seconds", "fastest", "slowest")
 
 MEASURED_ON = """\
 Measured on {date} with Python {python}, Kedro {kedro}, MLflow {mlflow} and {peer} {peer_version}
@@ -79,17 +81,19 @@ A run that fails, or doesn't leave in the store what it should, gives no figures
 
 {predictions}
 
+{copies}
+
 ## Repeat it
 
 ```console
 nox -s bench
 ```
 
-writes this page anew. `nox -s bench -- --only PATTERN` measures the runs, commands and predictions
-whose name matches PATTERN, `--store sqlite` or `--store http` one of the stores, `--repetitions N`
-repeats less or more often; what is measured in part is only printed. Times hold for one machine and
-compare within one page; the numbers of requests are the same everywhere, and `nox -s bench` fails
-when one is above its limit.
+writes this page anew. `nox -s bench -- --only PATTERN` measures the runs, commands, predictions
+and copies whose name matches PATTERN, `--store sqlite` or `--store http` one of the stores,
+`--repetitions N` repeats less or more often; what is measured in part is only printed. Times hold
+for one machine and compare within one page; the numbers of requests are the same everywhere, and
+`nox -s bench` fails when one is above its limit.
 """
 
 PREDICTIONS = """\
@@ -118,8 +122,25 @@ the same after `logging.disable()`. The peer also copies the loaded datasets for
 variant that predicts another value than the functions gives no figures.
 """
 
+COPIES = """\
+## What copying and updating take
 
-def tables(results: Sequence[Measured], predictions: Sequence[MeasuredPrediction]) -> str:
+{measured_on}
+
+{table}
+
+Each command runs as a whole process on a repository of the template in a folder, so that no
+network is in it. `kedro new` makes the smallest project that Kedro itself has. An update is that
+of an untouched project in git; *the next version* has one file more and one that has changed.
+Copier generates the project twice for an update, as it was and as it will be.
+"""
+
+
+def tables(
+    results: Sequence[Measured],
+    predictions: Sequence[MeasuredPrediction],
+    copies: Sequence[MeasuredCopy] = (),
+) -> str:
     """Show what was measured."""
     runs = [
         (
@@ -160,12 +181,28 @@ def tables(results: Sequence[Measured], predictions: Sequence[MeasuredPrediction
         for call in CALLS
     ]
     parts: list[tuple[Sequence[str], Sequence[Sequence[str]]]]
-    parts = [(RUNS_HEADER, runs), (COMMANDS_HEADER, commands), (PREDICTIONS_HEADER, predicted)]
+    copied = [
+        (
+            copy.what.name,
+            str(copy.files),
+            *map(_number, (copy.median, min(copy.seconds), max(copy.seconds))),
+        )
+        for copy in copies
+    ]
+    parts = [
+        (RUNS_HEADER, runs),
+        (COMMANDS_HEADER, commands),
+        (PREDICTIONS_HEADER, predicted),
+        (COPIES_HEADER, copied),
+    ]
     return "\n\n".join(table(header, rows) for header, rows in parts if rows)
 
 
 def page(
-    results: Sequence[Measured], predictions: Sequence[MeasuredPrediction], repetitions: int
+    results: Sequence[Measured],
+    predictions: Sequence[MeasuredPrediction],
+    copies: Sequence[MeasuredCopy],
+    repetitions: int,
 ) -> str:
     """Write the whole page."""
     return PAGE.format(
@@ -173,6 +210,7 @@ def page(
         peer=PEER,
         tables=tables(results, []),
         predictions=predictions_section(predictions, repetitions),
+        copies=copies_section(copies, repetitions),
     )
 
 
@@ -181,6 +219,12 @@ def predictions_section(predictions: Sequence[MeasuredPrediction], repetitions: 
     section = PREDICTIONS.format(
         measured_on=_measured_on(repetitions), peer=PEER, table=tables([], predictions)
     )
+    return section.rstrip()
+
+
+def copies_section(copies: Sequence[MeasuredCopy], repetitions: int) -> str:
+    """Write the page's section on copies, which says itself when it was measured."""
+    section = COPIES.format(measured_on=_measured_on(repetitions), table=tables([], [], copies))
     return section.rstrip()
 
 

@@ -42,7 +42,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(scope="session")
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The template without its git history, which Copier then needs not clone."""
-    folder = tmp_path_factory.mktemp("template")
+    return copy_template(tmp_path_factory.mktemp("copied") / "template")
+
+
+def copy_template(folder: Path) -> Path:
+    """Copy what Copier reads into a new folder."""
+    folder.mkdir()
     for name in ("copier.yml", "LICENSE"):
         shutil.copy(REPOSITORY / name, folder)
     for name in ("includes", "template"):
