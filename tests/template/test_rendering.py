@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from ..conftest import Generate
-from .conftest import changed_by_hooks, files, read_toml, ruff, texts
+from .conftest import changed_by_hooks, complaints, files, read_toml, ruff, texts
 
 # Of the runtime the list is that of its sources.
 ALWAYS = """
@@ -234,6 +234,13 @@ def test_ruff_checks_every_python_file(project: Project) -> None:
 def test_ruff_changes_nothing(project: Project) -> None:
     assert ruff(project.folder, "check") == ""
     assert ruff(project.folder, "format", "--diff") == ""
+
+
+@pytest.mark.thorough
+def test_mypy_finds_nothing(project: Project, tmp_path_factory: pytest.TempPathFactory) -> None:
+    cache = tmp_path_factory.getbasetemp() / "mypy_cache"  # most of what it reads is the same
+
+    assert complaints(project.folder, "mypy", f"--cache-dir={cache}") == ""
 
 
 def test_the_licence_is_the_one_chosen(project: Project) -> None:
