@@ -122,18 +122,21 @@ LIBRARIES: dict[str, tuple[dict[str, str], str, int]] = {
 }
 
 
+THOROUGH = pytest.mark.thorough
+
+
 # Each in a process of its own: OpenMP, which the libraries use, doesn't survive a fork in a process
 # that has used it before.
 @pytest.mark.parametrize(
     ("words", "start_method", "pipeline"),
     [
         ("--runner=SequentialRunner", "fork", PIPELINE),
-        ("--runner=SequentialRunner --async", "fork", PIPELINE),
+        pytest.param("--runner=SequentialRunner --async", "fork", PIPELINE, marks=THOROUGH),
         ("--runner=ThreadRunner", "fork", IN_TURN),
-        ("--runner=ParallelRunner", "fork", PIPELINE),
+        pytest.param("--runner=ParallelRunner", "fork", PIPELINE, marks=THOROUGH),
         ("--runner=ParallelRunner --async", "fork", PIPELINE),
         ("--runner=ParallelRunner", "spawn", PIPELINE),
-        ("--runner=ParallelRunner", "forkserver", PIPELINE),
+        pytest.param("--runner=ParallelRunner", "forkserver", PIPELINE, marks=THOROUGH),
     ],
 )
 def test_four_libraries_log_to_one_run_under_every_runner(

@@ -177,7 +177,7 @@ def stored(project: Project) -> tuple[set[str], dict[str, Run]]:
 
 # Without shrinking: an example is short as it is, and a failure ends as soon as a success.
 @settings(
-    max_examples=60,
+    max_examples=30,
     deadline=None,
     derandomize=True,
     database=None,
