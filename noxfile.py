@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import nox
@@ -86,6 +87,38 @@ def backends(session: nox.Session) -> None:
 def e2e(session: nox.Session) -> None:
     """Generate, install, run, test and update whole projects; arguments go to pytest."""
     pytest(session, "tests/e2e")
+
+
+@nox.session(default=False)
+def versions(session: nox.Session) -> None:
+    """Test projects with every Python, oldest and newest packages; write docs/compatibility.md."""
+    report = Path(session.create_tmp(), "versions.xml")
+    only = ["--all", "--numprocesses=2", f"--junitxml={report}", *session.posargs]
+    install(session, "e2e")
+    try:
+        session.run("pytest", "tests/e2e/test_versions.py", *only)
+    finally:
+        session.run("python", "-m", "tests.e2e.versions", str(report))
+
+
+@nox.session(default=False, venv_backend="none")
+@nox.parametrize("resolution", ["lowest-direct", "highest"])
+@nox.parametrize("version", ["3.10", "3.11", "3.12", "3.13"])
+def runtime_with(session: nox.Session, version: str, resolution: str) -> None:
+    """Test the runtime with a Python, and the oldest or newest of what it stands on."""
+    folder = session.cache_dir / f"{version}-{resolution}"
+    python = folder / "bin" / "python"
+    pins = folder / "pins.txt"
+    # pyenv's shims answer for one version only.
+    own = sorted(Path.home().glob(f".pyenv/versions/{version}.*/bin/python"))
+    uv = partial(session.run, "uv", external=True, env=ENV)
+    uv("venv", "--clear", f"--python={own[-1] if own else version}", str(folder))
+    groups = ["--group=runtime", "--group=example", f"--resolution={resolution}"]
+    uv("pip", "compile", *groups, f"--python={python}", f"--output-file={pins}", silent=True)
+    # What tests it is new.
+    uv("pip", "install", "--group=tests", f"--constraint={pins}", f"--python={python}")
+    arguments = ["tests/runtime", "--numprocesses=auto", *session.posargs]
+    session.run(str(python), "-m", "pytest", *arguments, external=True, env=ENV)
 
 
 def pytest(session: nox.Session, folder: str, *options: str, group: str | None = None) -> None:

@@ -34,7 +34,7 @@ from mlflow.entities import Run
 
 from runtime import MlflowArtifactDataset
 
-from .conftest import Project
+from .conftest import Project, has
 from .s3 import S3, s3_server
 from .servers import CountingProxy
 
@@ -303,7 +303,8 @@ def test_a_version_is_saved_and_loaded_as_the_catalog_says(
     dataset: Any = DataCatalog.from_config({"note": entry}, save_version="v4")["note"]
     assert isinstance(dataset, AbstractVersionedDataset)
     assert (dataset.resolve_load_version(), dataset.resolve_save_version()) == ("v3", "v4")
-    assert dataset.list_versions(full_path=False) == ["v3", "v2", "v1"]
+    if has("kedro", "1.3"):
+        assert dataset.list_versions(full_path=False) == ["v3", "v2", "v1"]
     assert not MlflowArtifactDataset(wrapped, version=Version("v5", None)).exists()
 
 
@@ -360,7 +361,7 @@ def test_the_version_asked_for_on_the_command_line_is_loaded(project: Project) -
 def test_a_file_in_memory_is_fetched_and_logged(
     client: MlflowClient, tmp_path: Path, dataset: dict[str, Any]
 ) -> None:
-    where = f"memory://{tmp_path.name}/{len(dataset)}"
+    where = f"memory:///{tmp_path.name}/{len(dataset)}"
     remote = MlflowArtifactDataset(
         {"type": "text.TextDataset", "filepath": f"{where}/note.txt", **dataset},
         artifact_path="notes",

@@ -8,13 +8,12 @@ from importlib.util import find_spec
 
 import mlflow
 import pytest
-from kedro.framework.session import KedroServiceSession
 from kedro.framework.startup import bootstrap_project
 from kedro.runner import ParallelRunner
 from mlflow.entities import Run
 from mlflow.utils.autologging_utils import AUTOLOGGING_INTEGRATIONS, autologging_is_disabled
 
-from .conftest import Project
+from .conftest import Project, needs_kedro
 
 # The search logs to the Kedro run itself; the others each to a child that their node opens.
 PIPELINE = """
@@ -246,7 +245,10 @@ def create_pipeline():
 """
 
 
+@needs_kedro("1.4")
 def test_a_run_that_ends_leaves_it_on_for_one_that_overlaps(project: Project) -> None:
+    from kedro.framework.session import KedroServiceSession
+
     project.pipeline(MEETING)
     project.write(
         f"src/{project.package}/meeting.py",

@@ -40,7 +40,7 @@ from pydantic import BaseModel
 
 from runtime.config import MlflowConfig
 
-from .conftest import Project
+from .conftest import Project, has, let_pipelines_overlap
 from .servers import CountingProxy
 from .test_runs import ONE_NODE
 
@@ -146,6 +146,8 @@ def one_project(
     project = Project(generate(folder / package, package_name=package, example=False), package)
     shutil.rmtree(project.path / "src" / package / "pipelines" / "first")
     shutil.copy(empty_store, project.path)
+    if not has("kedro", "1.5"):
+        let_pipelines_overlap(project.path, package)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "path", sys.path[:])
         patch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))

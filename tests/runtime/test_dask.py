@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import pytest
 from mlflow.entities import Run
 
-from .conftest import Project, heed_signals
+from .conftest import Project, has, heed_signals, needs_kedro
 from .dask_clusters import Cluster, dask_cluster
 from .servers import CountingProxy, counting_proxy
 from .test_runners import CATALOG, NODES, WORK, check_everything
@@ -88,6 +88,8 @@ def cluster(dask_project: Project, tmp_path: Path) -> Iterator[Cluster]:
 
 def on(cluster: Cluster, project: Project, **params: Any) -> list[str]:
     """Give the words of a command that runs a project on a cluster."""
+    if not has("kedro", "1.6"):
+        pytest.skip("Kedro 1.6 brought --runner-params")
     given = {"address": cluster.address, **params}
     text = ",".join(f"{name}={value}" for name, value in given.items())
     return ["run", f"--runner={project.package}.runner.DaskRunner", f"--runner-params={text}"]
@@ -112,6 +114,7 @@ def test_twenty_nodes_log_all_they_have_to_one_run(
     check_everything(dask_project, dask_project.all_runs(), tmp_path / "artifacts")
 
 
+@needs_kedro("1.6")
 def test_the_run_is_the_one_that_the_sequential_runner_makes(
     new_project: Callable[..., Project], empty_store: Path
 ) -> None:

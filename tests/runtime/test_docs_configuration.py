@@ -26,7 +26,7 @@ from runtime.config import MlflowConfig
 from runtime.loading import anchor_uri, read_credentials
 
 from ..conftest import REPOSITORY
-from .conftest import Project
+from .conftest import Project, needs_kedro
 from .servers import CountingProxy, free_port
 from .test_cli import context_of, fetch, pages
 from .test_runs import ONE_NODE
@@ -314,6 +314,7 @@ def test_an_experiment_is_made_as_described_and_brought_back(section: Section) -
 
 
 @describes("The run")
+@needs_kedro("1.2")  # which takes several pipelines
 def test_a_run_is_named_continued_and_nested(section: Section) -> None:
     project = section.project
     project.pipeline(DOUBLE.replace('name="double"', 'name="another"').replace('"y"', '"z"'), "etl")
@@ -387,6 +388,7 @@ def newest(project: Project, before: set[str]) -> Run:
 
 
 @describes("What is not tracked")
+@needs_kedro("1.2")  # which takes several pipelines
 def test_a_disabled_pipeline_makes_no_run(section: Section) -> None:
     project = section.project
     project.pipeline(FIT, "etl")

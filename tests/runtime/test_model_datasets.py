@@ -33,7 +33,7 @@ from runtime import (
     MlflowModelTrackingDataset,
 )
 
-from .conftest import Project
+from .conftest import Project, needs_kedro
 from .servers import counting_proxy, free_port
 from .test_runners import tracked_on
 
@@ -691,6 +691,7 @@ def test_a_local_model_replaces_nothing_but_a_model(tmp_path: Path) -> None:
     assert (folder / "notes.txt").exists()
 
 
+@needs_kedro("1.3")  # list_versions
 def test_a_local_model_has_versions(tmp_path: Path) -> None:
     path = tmp_path / "model"
     for number in (2, 3):

@@ -43,7 +43,7 @@ from runtime import KedroPipelineModel, pipeline_ml_factory
 from runtime.pipeline_ml import PipelineError
 from runtime.requirements import needed
 
-from .conftest import Project, copy_of
+from .conftest import Project, copy_of, for_kedro
 from .s3 import S3, s3_server
 from .servers import counting_proxy, free_port
 
@@ -483,7 +483,7 @@ def everything(
     credentials = {"s3": {**s3.credentials, **keys}, "database": {"con": database}}
     project.write("conf/local/credentials.yml", json.dumps(credentials))
     subprocess.run(
-        [sys.executable, "-c", RUN_BOTH, project.path, project.tracking_uri, package],
+        [sys.executable, "-c", for_kedro(RUN_BOTH), project.path, project.tracking_uri, package],
         cwd=project.path,
         check=True,
     )

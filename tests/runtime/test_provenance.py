@@ -15,6 +15,8 @@ from kedro.runner import ParallelRunner, SequentialRunner
 
 from runtime import provenance
 
+from .conftest import needs_kedro
+
 
 @pytest.mark.parametrize(
     ("run_params", "command"),
@@ -66,7 +68,7 @@ def test_the_command_gives_the_same_parameters_whatever_they_are(given: dict[str
 @pytest.mark.parametrize(
     "typed",
     [
-        ["--runner-params=is_async=True,max_workers=2"],
+        pytest.param(["--runner-params=is_async=True,max_workers=2"], marks=needs_kedro("1.6")),
         ["--async"],
         ["--conf-source=conf/other"],
         [],

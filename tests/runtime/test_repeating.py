@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import Project
+from .conftest import Project, for_kedro, needs_kedro
 from .test_provenance import git
 
 TWO_PIPELINES = """
@@ -71,7 +71,9 @@ OF_ONE_RUN = {"run_id", "pid", "process_start"}
 @pytest.mark.parametrize(
     "words",
     [
-        ["--pipelines=two,one", "--env=prod", "--runner=ThreadRunner"],
+        pytest.param(
+            ["--pipelines=two,one", "--env=prod", "--runner=ThreadRunner"], marks=needs_kedro("1.2")
+        ),
         [
             "--pipelines=one",
             "--nodes=space.one_make,space.one_copy",
@@ -80,7 +82,10 @@ OF_ONE_RUN = {"run_id", "pid", "process_start"}
         ["--from-nodes=space.one_copy", "--to-nodes=space.one_copy", "--async"],
         ["--from-inputs=params:x", "--to-outputs=one_b,two_b", "--namespaces=space"],
         ["--tags=late", "--only-missing-outputs", "--runner=ParallelRunner"],
-        ["--tags=early", "--runner-params=max_workers=2", "--runner=kedro.runner.ThreadRunner"],
+        pytest.param(
+            ["--tags=early", "--runner-params=max_workers=2", "--runner=kedro.runner.ThreadRunner"],
+            marks=needs_kedro("1.6"),
+        ),
         [
             "--conf-source=conf",
             "--load-versions=one_b:VERSION",
@@ -235,7 +240,7 @@ from kedro.framework.project import configure_project
 from kedro.framework.session import KedroSession
 configure_project({two.package!r})
 with KedroSession.create(conf_source={str(two.path / "conf")!r}) as session:
-    session.run(pipeline_names=["one"])
+    session.{for_kedro('run(pipeline_names=["one"])')}
 """
     (tmp_path / "data").symlink_to(two.path / "data")
 

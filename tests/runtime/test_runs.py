@@ -15,7 +15,7 @@ from kedro.io import DatasetError
 from runtime.server import Server
 from runtime.tracking import RunHandle
 
-from .conftest import Project
+from .conftest import Project, for_kedro
 from .servers import CountingProxy
 
 ONE_NODE = """
@@ -53,7 +53,7 @@ def test_a_run_has_name_parameters_tags_status_and_times(project: Project) -> No
     assert run.info.end_time >= run.info.start_time > 0
     assert run.data.params == {"x": "5"}
     tags = run.data.tags
-    assert tags["kedro_command"] == "kedro run --pipelines=work --params=x=5"
+    assert tags["kedro_command"] == for_kedro("kedro run --pipelines=work --params=x=5")
     assert tags["pipeline_names"] == "work"
     assert tags["runtime_params"] == '{"x": 5}'
     assert tags["runner"] == "SequentialRunner"

@@ -16,14 +16,17 @@ from typing import Any
 
 import mlflow
 import pytest
-from kedro.framework.session import KedroServiceSession
 from kedro.framework.startup import bootstrap_project
 from kedro.runner import SequentialRunner, ThreadRunner
 from mlflow.entities import Run
 from mlflow.tracking import fluent
 
-from .conftest import Project
+from .conftest import Project, has
 from .servers import free_port, running
+
+if not has("kedro", "1.4"):
+    pytest.skip("Kedro 1.4 brought sessions of services", allow_module_level=True)
+from kedro.framework.session import KedroServiceSession
 
 THREADS = 8
 RUNS = 40
