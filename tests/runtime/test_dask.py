@@ -100,7 +100,9 @@ def main_of(runs: list[Run]) -> Run:
     return main
 
 
-@pytest.mark.parametrize("is_async", [False, True], ids=["", "async"])
+@pytest.mark.parametrize(
+    "is_async", [False, pytest.param(True, marks=pytest.mark.thorough)], ids=["", "async"]
+)
 def test_twenty_nodes_log_all_they_have_to_one_run(
     dask_project: Project, cluster: Cluster, tmp_path: Path, is_async: bool
 ) -> None:

@@ -83,7 +83,11 @@ def test_the_guide_has_an_entry_for_each_class() -> None:
 
 @pytest.mark.parametrize(
     ("runner", "start_method"),
-    [("SequentialRunner", "fork"), ("ThreadRunner", "fork"), ("ParallelRunner", "spawn")],
+    [
+        ("SequentialRunner", "fork"),
+        pytest.param("ThreadRunner", "fork", marks=pytest.mark.thorough),
+        pytest.param("ParallelRunner", "spawn", marks=pytest.mark.thorough),
+    ],
 )
 def test_the_catalog_of_the_guide_logs_and_loads_everything(
     project: Project, tmp_path: Path, runner: str, start_method: str

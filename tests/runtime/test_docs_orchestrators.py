@@ -105,7 +105,7 @@ def check(client: MlflowClient, experiment: str, name: str, status: str) -> None
         assert child.info.status == "FINISHED"
 
 
-@pytest.mark.parametrize("failed", [False, True])
+@pytest.mark.parametrize("failed", [False, pytest.param(True, marks=pytest.mark.thorough)])
 def test_the_functions_of_the_guide_make_one_run_of_tasks_in_processes(
     shared: Project, failed: bool
 ) -> None:

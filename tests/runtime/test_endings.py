@@ -20,12 +20,14 @@ from runtime.tracking import MARKERS
 
 from .conftest import Project, heed_signals
 
+THOROUGH = pytest.mark.thorough
+
 RUNNERS = [
     ("SequentialRunner", "fork"),
-    ("ThreadRunner", "fork"),
-    ("ParallelRunner", "fork"),
+    pytest.param("ThreadRunner", "fork", marks=THOROUGH),
+    pytest.param("ParallelRunner", "fork", marks=THOROUGH),
     ("ParallelRunner", "spawn"),
-    ("ParallelRunner", "forkserver"),
+    pytest.param("ParallelRunner", "forkserver", marks=THOROUGH),
 ]
 
 FAILING = """
@@ -190,8 +192,8 @@ def test_a_failing_save_fails_the_run_and_says_why(project: Project) -> None:
         (IN_A_NODE, "ThreadRunner", "fork"),
         (IN_A_SAVE, "SequentialRunner", "fork"),
         (IN_A_NODE, "ParallelRunner", "fork"),
-        (IN_A_NODE, "ParallelRunner", "spawn"),
-        (IN_A_NODE, "ParallelRunner", "forkserver"),
+        pytest.param(IN_A_NODE, "ParallelRunner", "spawn", marks=THOROUGH),
+        pytest.param(IN_A_NODE, "ParallelRunner", "forkserver", marks=THOROUGH),
     ],
     ids=lambda value: {IN_A_NODE: "node", IN_A_SAVE: "save"}.get(value, value),
 )
@@ -219,8 +221,8 @@ def test_a_signal_that_ends_the_process_ends_the_run(
         (IN_A_NODE, "SequentialRunner", "fork"),
         (IN_A_SAVE, "SequentialRunner", "fork"),
         (IN_A_NODE, "ParallelRunner", "fork"),
-        (IN_A_NODE, "ParallelRunner", "spawn"),
-        (IN_A_NODE, "ParallelRunner", "forkserver"),
+        pytest.param(IN_A_NODE, "ParallelRunner", "spawn", marks=THOROUGH),
+        pytest.param(IN_A_NODE, "ParallelRunner", "forkserver", marks=THOROUGH),
     ],
     ids=lambda value: {IN_A_NODE: "node", IN_A_SAVE: "save"}.get(value, value),
 )
