@@ -30,6 +30,7 @@ from mlflow.tracking import fluent
 from mlflow.utils.autologging_utils import AUTOLOGGING_INTEGRATIONS
 from packaging.version import Version
 
+from .s3 import S3, s3_server
 from .servers import CountingProxy, counting_proxy, mlflow_server
 
 _numbers = itertools.count()
@@ -233,3 +234,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CountingProxy]:
     """An MLflow server behind a proxy that counts requests."""
     with mlflow_server(tmp_path_factory.mktemp("server")) as port, counting_proxy(port) as proxy:
         yield proxy
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[S3]:
+    """An S3 server: one, since all of a process would serve the same buckets."""
+    with s3_server() as server:
+        yield server

@@ -35,7 +35,7 @@ from mlflow.entities import Run
 from runtime import MlflowArtifactDataset
 
 from .conftest import Project, has
-from .s3 import S3, s3_server
+from .s3 import S3
 from .servers import CountingProxy
 
 
@@ -121,12 +121,6 @@ def client(project: Project) -> Iterator[MlflowClient]:
     )
     with mlflow.start_run():
         yield project.client
-
-
-@pytest.fixture(scope="session")
-def s3() -> Iterator[S3]:
-    with s3_server() as server:
-        yield server
 
 
 def run_id() -> str:

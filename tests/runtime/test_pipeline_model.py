@@ -44,7 +44,7 @@ from runtime.pipeline_ml import PipelineError
 from runtime.requirements import needed
 
 from .conftest import Project, copy_of, for_kedro
-from .s3 import S3, s3_server
+from .s3 import S3
 from .servers import counting_proxy, free_port
 
 RUNNERS = ("SequentialRunner", "ThreadRunner", "ParallelRunner")
@@ -447,12 +447,6 @@ class Everything:
     told_by_threads: dict[str, str]
     opened: list[list[str]]
     requests: list[str]
-
-
-@pytest.fixture(scope="module")
-def s3() -> Iterator[S3]:
-    with s3_server() as server:
-        yield server
 
 
 @pytest.fixture(scope="module")
