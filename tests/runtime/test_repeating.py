@@ -65,7 +65,7 @@ TAGS = {
 }
 
 # What differs between a run and the one that repeats it.
-OF_ONE_RUN = {"run_id", "pid", "process_start"}
+OF_ONE_RUN = {"run_id", "session_id", "pid", "process_start"}
 
 
 @pytest.mark.parametrize(
