@@ -38,7 +38,9 @@ def with_versions(
             return shell(f"uv run {command}", project, **case.env, **how)
 
         shell("uv sync --quiet", project, **case.env)
-        for package in json.loads(shell("uv pip list --quiet --format=json", project)):
+        for package in json.loads(
+            shell("uv pip list --quiet --format=json --python=.venv", project)
+        ):
             if package["name"] in PACKAGES:
                 record_property(package["name"], package["version"])
         assert run("python --version").startswith(f"Python {case.python}.")

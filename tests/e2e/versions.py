@@ -73,7 +73,8 @@ def tested(report: Path) -> list[Row]:
 
 def written(page: str) -> list[Row]:
     """Give the rows that are in the page."""
-    lines = re.findall(r"^\| (\d.*) \|$", _table(page), re.MULTILINE)
+    table = page.partition(BEGIN)[2].partition(END)[0]
+    lines = re.findall(r"^\| (\d.*) \|$", table, re.MULTILINE)
     return [dict(zip(COLUMNS, line.split(" | "), strict=True)) for line in lines]
 
 
@@ -81,19 +82,11 @@ def with_rows(page: str, new: list[Row]) -> str:
     """Give the page with new rows, each in the place of the one for the same versions."""
     rows = {(row["python"], row["resolution"]): row for row in written(page) + new}
     order = [(case.python, case.resolution) for case in MATRIX]
-    lines = [
-        " | ".join(rows[key].get(column) or "-" for column in COLUMNS)
-        for key in order
-        if key in rows
-    ]
-    head = [" | ".join(COLUMNS).capitalize(), "|".join("---" for _ in COLUMNS)]
-    table = "".join(f"| {line} |\n" for line in [head[0], *lines])
-    first, _, rest = table.partition("\n")
-    return page.replace(_table(page), f"{first}\n|{head[1]}|\n{rest}")
-
-
-def _table(page: str) -> str:
-    return page.partition(BEGIN)[2].partition(END)[0]
+    lines = [[rows[key].get(name) or "-" for name in COLUMNS] for key in order if key in rows]
+    table = [list(COLUMNS), ["---"] * len(COLUMNS), *lines]
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    return before + begin + "".join(f"| {' | '.join(line)} |\n" for line in table) + end + after
 
 
 def main(report: str) -> None:

@@ -380,3 +380,25 @@ def test_what_was_off_is_switched_on_by_mlflows_autolog_later(project: Project) 
         assert is_on("sklearn")
     finally:
         mlflow.autolog(disable=True)
+
+
+def test_a_library_comes_without_its_flavor_where_nothing_is_on(project: Project) -> None:
+    project.pipeline(
+        """
+        import sys
+        from kedro.pipeline import Node, Pipeline
+
+        def fit():
+            import sklearn
+            return "mlflow.sklearn" in sys.modules
+
+        def create_pipeline():
+            return Pipeline([Node(fit, None, "brought")])
+        """
+    )
+    project.catalog("brought: {type: json.JSONDataset, filepath: brought.json}")
+
+    ended = project.kedro("run")
+
+    assert ended.returncode == 0, ended.stderr
+    assert (project.path / "brought.json").read_text() == "false"

@@ -18,7 +18,7 @@ from mlflow import MlflowClient
 from mlflow.utils.databricks_utils import get_databricks_host_creds
 
 from ..conftest import REPOSITORY
-from .conftest import Project
+from .conftest import Project, needs_kedro
 from .servers import CountingProxy, counting_proxy, free_port
 
 GUIDE = (REPOSITORY / "docs" / "orchestrators.md").read_text("utf-8")
@@ -197,6 +197,7 @@ def test_the_settings_of_the_guide_name_the_workspace_of_databricks(
     assert (host.host, host.token) == (given["DATABRICKS_HOST"], given["DATABRICKS_TOKEN"])
 
 
+@needs_kedro("1.6")
 def test_the_commands_of_the_guide_run_the_nodes_in_workers_of_dask(
     new_project: Callable[..., Project],
 ) -> None:

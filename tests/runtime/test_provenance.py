@@ -15,7 +15,7 @@ from kedro.runner import ParallelRunner, SequentialRunner
 
 from runtime import provenance
 
-from .conftest import needs_kedro
+from .conftest import has, needs_kedro
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,9 @@ from .conftest import needs_kedro
         ({}, "kedro run"),
         ({"pipeline_name": None}, "kedro run"),
         ({"pipeline_name": "a"}, "kedro run --pipeline=a"),
-        ({"pipeline_names": ["a", "b"]}, "kedro run --pipelines=a,b"),
+        pytest.param(
+            {"pipeline_names": ["a", "b"]}, "kedro run --pipelines=a,b", marks=needs_kedro("1.2")
+        ),
         ({"pipeline_names": ["__default__"]}, "kedro run"),
         ({"env": "prod", "tags": ("x", "y")}, "kedro run --env=prod --tags=x,y"),
         ({"node_names": ("n 1",)}, "kedro run '--nodes=n 1'"),
@@ -84,7 +86,7 @@ def test_options_that_kedro_does_not_pass_on_are_in_the_command(
     options = provenance.command_options(first, tmp_path)
 
     second = kedro_run.make_context("run", options).params
-    if "--async" in typed:  # deprecated in favour of a runner parameter
+    if "--async" in typed and has("kedro", "1.6"):  # deprecated in favour of a runner parameter
         first = {**first, "is_async": False, "runner_params": {"is_async": True}}
     assert second == first
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import Project, for_kedro, needs_kedro
+from .conftest import Project, for_kedro, has, needs_kedro
 from .test_provenance import git
 
 TWO_PIPELINES = """
@@ -53,7 +53,7 @@ def two(project: Project) -> Project:
 
 
 TAGS = {
-    "pipelines": "pipeline_names",
+    "pipelines": "pipeline_names" if has("kedro", "1.2") else "pipeline_name",
     "env": "env",
     "nodes": "node_names",
     "from-nodes": "from_nodes",
@@ -65,7 +65,7 @@ TAGS = {
 }
 
 # What differs between a run and the one that repeats it.
-OF_ONE_RUN = {"run_id", "pid", "process_start"}
+OF_ONE_RUN = {"run_id", "session_id", "pid", "process_start"}
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from kedro.io import DatasetError
 from runtime.server import Server
 from runtime.tracking import RunHandle
 
-from .conftest import Project, for_kedro
+from .conftest import Project, for_kedro, has
 from .servers import CountingProxy
 
 ONE_NODE = """
@@ -54,7 +54,7 @@ def test_a_run_has_name_parameters_tags_status_and_times(project: Project) -> No
     assert run.data.params == {"x": "5"}
     tags = run.data.tags
     assert tags["kedro_command"] == for_kedro("kedro run --pipelines=work --params=x=5")
-    assert tags["pipeline_names"] == "work"
+    assert tags["pipeline_names" if has("kedro", "1.2") else "pipeline_name"] == "work"
     assert tags["runtime_params"] == '{"x": 5}'
     assert tags["runner"] == "SequentialRunner"
     assert tags["mlflow.source.name"] == project.package

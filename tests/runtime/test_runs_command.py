@@ -22,7 +22,7 @@ import yaml
 from mlflow.entities import Metric, Param, RunTag
 
 from .commands import Command, mlflow_command
-from .conftest import Project
+from .conftest import Project, has
 from .servers import CountingProxy, counting_proxy, free_port, mlflow_server
 from .test_endings import FAILING
 from .test_runs import ONE_NODE
@@ -206,6 +206,7 @@ QUIET_LOGGING = """
 version: 1
 handlers: {console: {class: logging.StreamHandler, stream: "ext://sys.stderr"}}
 root: {handlers: [console]}
+loggers: {}
 """
 
 
@@ -527,7 +528,8 @@ def test_listing_runs_makes_two_requests_however_many_there_are(
 
         listed = mlflow_command(project, "runs", "--json", *options).json
 
-    assert len(proxy.requests) == 2, proxy.requests
+    older = not has("mlflow", "3.11") and "--children" not in options  # can't leave children out
+    assert len(proxy.requests) == (3 if older else 2), proxy.requests
     expected = {"": 20, "--children": 20, "--limit=150": 150, "--filter=metrics.x<1": 0}
     assert len(listed) == expected["".join(options)]
     if options != ["--children"]:

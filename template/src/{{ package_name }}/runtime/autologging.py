@@ -90,6 +90,20 @@ def switch_off() -> None:
             _switched_on.popitem()[1].switch_off()
 
 
+def keep_quiet() -> None:
+    """Switch off what `mlflow.autolog()` has switched on.
+
+    It is left alone where it was never called: from then on each library brings its flavor with
+    it, and before MLflow 3.13 two threads that import something then can wait for each other for
+    ever.
+    """
+    import mlflow
+    from mlflow.utils.autologging_utils import autologging_is_disabled
+
+    if not autologging_is_disabled("mlflow"):
+        mlflow.autolog(disable=True)
+
+
 def _call_autolog(name: str, options: Mapping[str, Any]) -> _Flavor:
     import mlflow
     from mlflow.utils.autologging_utils import AUTOLOGGING_INTEGRATIONS

@@ -340,7 +340,7 @@ def track(
         except ConfigError as error:
             logger.info("Without credentials, because nothing is tracked: %s", error.message)
         if config.tracking.disable_tracking.disable_autologging and "mlflow" in sys.modules:
-            sys.modules["mlflow"].autolog(disable=True)  # it would make a run of its own
+            autologging.keep_quiet()  # it would make a run of its own
     catalog[ENTRY] = Binding(
         run,
         package_name(context),

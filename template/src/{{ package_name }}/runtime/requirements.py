@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, packages_distributions, requires, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,10 @@ from packaging.version import Version
 
 # Before 3.11 Kedro brings it.
 tomllib = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
+# Before 3.11 Python's own knows only distributions that list their packages; MLflow brings this.
+metadata = import_module(
+    "importlib.metadata" if sys.version_info >= (3, 11) else "importlib_metadata"
+)
 
 # What every model of a pipeline is loaded with.
 _ALWAYS = ("cloudpickle", "kedro", "mlflow")
@@ -46,7 +50,7 @@ def needed(
         given: Requirements in the list that were not inferred: they stay.
     """
     lines = [line for line in listed if line]
-    distributions = packages_distributions()
+    distributions = metadata.packages_distributions()
     own, declared = _project(package, distributions)
     lazy = _distributions_of(_lazy_imports(code, modules), distributions) - own
     if declared is None:
@@ -79,7 +83,7 @@ def _project(
     project = _pyproject(package).get("project", {})
     if "dependencies" in project:
         return set(), [r for r in map(Requirement, project["dependencies"]) if _applies(r)]
-    if _is_installed(name := project.get("name", "")):
+    if (name := project.get("name")) and _is_installed(name):
         return set(), list(_requires(name))
     return set(), None
 

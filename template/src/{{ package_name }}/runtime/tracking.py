@@ -528,7 +528,7 @@ def _open(
     import mlflow
 
     if options.disable_tracking.disable_autologging:
-        mlflow.autolog(disable=True)
+        autologging.keep_quiet()
     end_abandoned()
     active = mlflow.active_run()
     if active and not any(s.run.run_id == active.info.run_id for s in _started.values()):
