@@ -12,6 +12,7 @@ import yaml
 
 from .conftest import files, git
 
+GITHUB = {".github/dependabot.yml", ".github/workflows/ci.yml"}
 DOCKER = {".dockerignore", ".env.example", "Dockerfile", "compose.yml", "conf/docker/mlflow.yml"}
 
 
@@ -83,9 +84,9 @@ def with_edits(project: Path) -> dict[str, bytes]:
     ("answers", "added"),
     [
         (("docker=true",), DOCKER),
-        (("ci=github",), {".github/workflows/ci.yml"}),
+        (("ci=github",), GITHUB),
         (("ci=gitlab",), {".gitlab-ci.yml"}),
-        (("docker=true", "ci=github"), {*DOCKER, ".github/workflows/ci.yml"}),
+        (("docker=true", "ci=github"), {*DOCKER, *GITHUB}),
         (("artifact_store=s3", "artifact_location=s3://runs/penguins"), set()),
         (("tracking_backend=server", "tracking_uri=https://mlflow.example.org"), set()),
     ],
