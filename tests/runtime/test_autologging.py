@@ -134,7 +134,7 @@ THOROUGH = pytest.mark.thorough
         ("--runner=ThreadRunner", "fork", IN_TURN),
         pytest.param("--runner=ParallelRunner", "fork", PIPELINE, marks=THOROUGH),
         ("--runner=ParallelRunner --async", "fork", PIPELINE),
-        ("--runner=ParallelRunner", "spawn", PIPELINE),
+        pytest.param("--runner=ParallelRunner", "spawn", PIPELINE, marks=THOROUGH),
         pytest.param("--runner=ParallelRunner", "forkserver", PIPELINE, marks=THOROUGH),
     ],
 )

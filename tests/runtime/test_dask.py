@@ -116,6 +116,7 @@ def test_twenty_nodes_log_all_they_have_to_one_run(
     check_everything(dask_project, dask_project.all_runs(), tmp_path / "artifacts")
 
 
+@pytest.mark.thorough
 @needs_kedro("1.6")
 def test_the_run_is_the_one_that_the_sequential_runner_makes(
     new_project: Callable[..., Project], empty_store: Path

@@ -273,18 +273,21 @@ def check_everything(project: Project, runs: list[Run], folder: Path) -> None:
     assert [(model.name, str(model.status)) for model in models] == [("line", "READY")]
 
 
+THOROUGH = pytest.mark.thorough
+
+
 @pytest.mark.parametrize(
     ("runner", "start_method", "is_async", "store"),
     [
         ("SequentialRunner", "", False, "sqlite"),
-        ("SequentialRunner", "", True, "sqlite"),
+        pytest.param("SequentialRunner", "", True, "sqlite", marks=THOROUGH),
         ("ThreadRunner", "", False, "server"),
         ("ThreadRunner", "", True, "sqlite"),
-        ("ParallelRunner", "fork", False, "sqlite"),
+        pytest.param("ParallelRunner", "fork", False, "sqlite", marks=THOROUGH),
         ("ParallelRunner", "fork", True, "server"),
         ("ParallelRunner", "spawn", False, "sqlite"),
-        ("ParallelRunner", "spawn", True, "sqlite"),
-        ("ParallelRunner", "forkserver", False, "sqlite"),
+        pytest.param("ParallelRunner", "spawn", True, "sqlite", marks=THOROUGH),
+        pytest.param("ParallelRunner", "forkserver", False, "sqlite", marks=THOROUGH),
         ("ParallelRunner", "forkserver", True, "sqlite"),
     ],
 )
