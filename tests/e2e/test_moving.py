@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
@@ -225,6 +226,7 @@ with mlflow.start_run(run_name="past"):
 """
 
 
+@pytest.mark.thorough
 def test_runs_in_a_folder_become_past_runs_of_the_project_with_their_files(
     clone: Path, tmp_path: Path, shell: Shell
 ) -> None:
