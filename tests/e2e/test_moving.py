@@ -9,8 +9,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-import yaml
 import pytest
+import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
