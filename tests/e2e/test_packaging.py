@@ -20,7 +20,7 @@ def test_the_wheel_of_kedro_package_runs_and_is_tracked_without_the_sources(
     shutil.move(project / "data", away)
     shutil.rmtree(project)
     shell("uv venv --quiet", away)
-    shell("uv pip install --quiet penguins-0.1.0-py3-none-any.whl", away)
+    shell("uv pip install --quiet --python=.venv penguins-0.1.0-py3-none-any.whl", away)
 
     # Kedro packs the configuration beside the wheel.
     shell(".venv/bin/penguins --conf-source=conf-penguins.tar.gz", away)
