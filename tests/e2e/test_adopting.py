@@ -112,7 +112,7 @@ def runs_without_the_runtime(project: Path, shell: Shell) -> None:
     shell(remove, project)
     assert "completed" in shell(run, project)
     assert "No such command 'mlflow'" in shell("uv run kedro mlflow", project, status=2)
-    assert "mlflow" not in shell("uv pip list", project)
+    assert "mlflow" not in shell("uv pip list --python=.venv", project)
     assert [run.info.run_id for run in runs_of(project)] == past
 
 

@@ -114,7 +114,7 @@ def test_a_new_project_passes_its_own_tests_and_checks(
     # With these three all that CI runs, without a server and without secrets.
     shell("uv run kedro run --env=test", project)
     assert [run.info.status for run in main_runs(project)] == ["FINISHED"]
-    installed = shell("uv pip list", project)
+    installed = shell("uv pip list --python=.venv", project)
     assert "kedro-telemetry" not in installed
 
 
