@@ -92,13 +92,13 @@ def e2e(session: nox.Session) -> None:
 @nox.session(default=False)
 def versions(session: nox.Session) -> None:
     """Test projects with every Python, oldest and newest packages; write docs/compatibility.md."""
-    report = Path(session.create_tmp(), "versions.xml")
-    only = ["--all", "--numprocesses=2", f"--junitxml={report}", *session.posargs]
+    report = str(session.cache_dir / "versions.xml")
+    options = ["--all", "--numprocesses=2", f"--junitxml={report}", *session.posargs]
     install(session, "e2e")
     try:
-        session.run("pytest", "tests/e2e/test_versions.py", *only)
+        session.run("pytest", "tests/e2e/test_versions.py", *options)
     finally:
-        session.run("python", "-m", "tests.e2e.versions", str(report))
+        session.run("python", "-m", "tests.e2e.versions", report)
 
 
 @nox.session(default=False, venv_backend="none")

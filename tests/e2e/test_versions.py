@@ -25,7 +25,7 @@ Run = Callable[..., str]
 
 @pytest.fixture
 def with_versions(
-    shell: Shell, tmp_path: Path, record_property: Callable[[str, object], None]
+    shell: Shell, record_property: Callable[[str, object], None]
 ) -> Callable[[Versions, Path], Run]:
     """Install a project with given versions; gives what runs a command in it, as its user would."""
 
@@ -38,11 +38,6 @@ def with_versions(
             return shell(f"uv run {command}", project, **case.env, **how)
 
         shell("uv sync --quiet", project, **case.env)
-        for package in json.loads(
-            shell("uv pip list --quiet --format=json --python=.venv", project)
-        ):
-            if package["name"] in PACKAGES:
-                record_property(package["name"], package["version"])
         assert run("python --version").startswith(f"Python {case.python}.")
         return run
 
@@ -81,10 +76,15 @@ def test_the_example_works_with(
     case: Versions,
     generate: Generate,
     with_versions: Callable[[Versions, Path], Run],
+    shell: Shell,
     tmp_path: Path,
+    record_property: Callable[[str, object], None],
 ) -> None:
     project = generate(tmp_path / "penguins", project_name="penguins")
     run = with_versions(case, project)
+    for package in json.loads(shell("uv pip list --quiet --format=json --python=.venv", project)):
+        if package["name"] in PACKAGES:
+            record_property(package["name"], package["version"])
 
     run("kedro run")
     run("kedro run --runner=ThreadRunner")
