@@ -212,7 +212,8 @@ def new_project(
             del sys.modules[module]
     mlflow.autolog(disable=True)
     # Else it keeps away from what a test has switched on or off by itself.
-    AUTOLOGGING_INTEGRATIONS.update(autologging)
+    imported = AUTOLOGGING_INTEGRATIONS.keys() - autologging.keys()
+    AUTOLOGGING_INTEGRATIONS.update(autologging | {name: {} for name in imported})
     os.environ.pop("MLFLOW_EXPERIMENT_ID", None)  # mlflow.set_experiment leaves it there
     os.environ.pop("MLFLOW_REGISTRY_URI", None)  # and mlflow.set_registry_uri this one
     fluent._active_run_stack.set([])
