@@ -190,7 +190,7 @@ def moments(kind: str, count: int, sample: int) -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize("number", moments("told", TELLS, 2))
+@pytest.mark.parametrize("number", moments("told", TELLS, 1))
 def test_what_a_killed_run_has_logged_is_there_after_sync(
     port: int, new_project: NewProject, whole: list[str], number: int
 ) -> None:
@@ -281,7 +281,7 @@ def create_pipeline():
 LINES = 30  # that are executed to open a run, or more
 
 
-@pytest.mark.parametrize("line", moments("lines", LINES, 2))
+@pytest.mark.parametrize("line", moments("lines", LINES, 1))
 @pytest.mark.parametrize("function", ["create_run", "create_logged_model"])
 def test_what_is_killed_while_it_is_being_opened_is_on_the_server_once_after_sync(
     port: int, new_project: NewProject, function: str, line: int

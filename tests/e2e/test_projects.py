@@ -92,8 +92,8 @@ def test_the_example_is_tracked_from_raw_data_to_predictions(
     [
         "example=true ci=github",
         "example=false licence=MIT docker=true ci=gitlab artifact_store=s3",
-        "example=true tracking_backend=server",
-        "example=true tracking_backend=databricks",
+        pytest.param("example=true tracking_backend=server", marks=pytest.mark.thorough),
+        pytest.param("example=true tracking_backend=databricks", marks=pytest.mark.thorough),
     ],
 )
 def test_a_new_project_passes_its_own_tests_and_checks(

@@ -81,7 +81,10 @@ OF_ONE_RUN = {"run_id", "session_id", "pid", "process_start"}
         ],
         ["--from-nodes=space.one_copy", "--to-nodes=space.one_copy", "--async"],
         ["--from-inputs=params:x", "--to-outputs=one_b,two_b", "--namespaces=space"],
-        ["--tags=late", "--only-missing-outputs", "--runner=ParallelRunner"],
+        pytest.param(
+            ["--tags=late", "--only-missing-outputs", "--runner=ParallelRunner"],
+            marks=pytest.mark.thorough,
+        ),
         pytest.param(
             ["--tags=early", "--runner-params=max_workers=2", "--runner=kedro.runner.ThreadRunner"],
             marks=needs_kedro("1.6"),
