@@ -79,16 +79,18 @@ def test_the_example_works_with(
     shell: Shell,
     tmp_path: Path,
     record_property: Callable[[str, object], None],
+    pytestconfig: pytest.Config,
 ) -> None:
+    everything = pytestconfig.getoption("--all")
+    runners = ["ParallelRunner", *(["ThreadRunner", "SequentialRunner"] if everything else [])]
     project = generate(tmp_path / "penguins", project_name="penguins")
     run = with_versions(case, project)
     for package in json.loads(shell("uv pip list --quiet --format=json --python=.venv", project)):
         if package["name"] in PACKAGES:
             record_property(package["name"], package["version"])
 
-    run("kedro run")
-    run("kedro run --runner=ThreadRunner")
-    run("kedro run --runner=ParallelRunner")
+    for runner in runners:
+        run(f"kedro run --runner={runner}")
     option = pipelines(run)
     run(f"kedro run {option}=inference")
     run(f"kedro run {option}=service")
@@ -98,9 +100,7 @@ def test_the_example_works_with(
     assert [(tracked["name"], tracked["runner"], tracked["status"]) for tracked in main] == [
         ("service", "SequentialRunner", "FINISHED"),
         ("inference", "SequentialRunner", "FINISHED"),
-        ("__default__", "ParallelRunner", "FINISHED"),
-        ("__default__", "ThreadRunner", "FINISHED"),
-        ("__default__", "SequentialRunner", "FINISHED"),
+        *(("__default__", runner, "FINISHED") for runner in reversed(runners)),
     ]
     for tracked in main:
         if tracked["name"] == "inference":
@@ -110,10 +110,10 @@ def test_the_example_works_with(
         assert tracked["metrics"]["accuracy"] > 0.9
         assert tracked["steps"] == 5
         assert "figures/confusion_matrix.png" in tracked["files"]
-    assert [tracked["status"] for tracked in found["runs"] if tracked["parent"]] == [
-        "FINISHED"
-    ] * 16
-    assert found["versions"] == {"penguins-classifier": 4, "penguins-service": 1}
+    trained = len(runners) + 1
+    tuning = [tracked["status"] for tracked in found["runs"] if tracked["parent"]]
+    assert tuning == ["FINISHED"] * 4 * trained
+    assert found["versions"] == {"penguins-classifier": trained, "penguins-service": 1}
     assert set(found["predicted"].values()) == {"Adelie"}
 
     checks = run("kedro mlflow doctor")
@@ -121,7 +121,8 @@ def test_the_example_works_with(
     assert "written, read and deleted" in checks
     listed = json.loads(run("kedro mlflow runs --json").splitlines()[-1])
     assert [entry["name"] for entry in listed] == [tracked["name"] for tracked in main]
-    assert " passed" in run("pytest")
+    if everything:
+        assert " passed" in run("pytest")
 
 
 @pytest.mark.thorough
