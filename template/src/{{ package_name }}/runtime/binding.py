@@ -8,7 +8,7 @@ import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from functools import partial
 from inspect import isgeneratorfunction
 from typing import TYPE_CHECKING, Any
@@ -28,9 +28,10 @@ from .loading import (
     read_credentials,
     register_header_provider,
 )
+from .offline import OF_RUNS, replay_after_run
+from .offline.disk import Disk, disk_of, options_on
 from .pipeline_ml import PipelineML
-from .recording import recording
-from .server import Server, SettingError
+from .server import SettingError
 
 if TYPE_CHECKING:
     from kedro.framework.context import KedroContext
@@ -52,6 +53,7 @@ class Binding:
     """What the catalog carries: the run, and what a worker has to know of where it comes from."""
 
     run: tracking.RunHandle | None  # None where tracking is disabled
+    disk: Disk | None  # where the run is before it is replayed to the server
     package_name: str
     header_provider: RequestHeaderProviderOptions
     secrets: params.Secrets
@@ -231,8 +233,11 @@ def fail(catalog: DataCatalog, error: BaseException) -> None:
 
 def end(catalog: DataCatalog, status: str) -> None:
     """End the run of a catalog, and take its credentials back."""
-    if run := run_of(catalog):
-        run.finish(status)
+    binding = _binding_of(catalog)
+    if binding and binding.run and binding.run.is_ours:
+        binding.run.finish(status)
+        if binding.disk:
+            replay_after_run(binding.disk, binding.run.run_id, binding.variables)
     credentials.take_back(_untracked(catalog))
 
 
@@ -306,7 +311,7 @@ def track(
     # A dataset that can't be made fails here, before there is a run.
     datasets = {name: catalog.get(name) for name in pipeline.datasets()}
     secrets = _secrets(context)
-    run = None
+    run = disk = None
     disabled = set(names) <= set(config.tracking.disable_tracking.pipelines)
     if not disabled or command != ("run",):
         variables = read_credentials(context)
@@ -314,10 +319,16 @@ def track(
         if isinstance(pipeline, PipelineML):
             _check_model(pipeline, catalog, secrets)
         logged, tags = _parameters(config, pipeline, catalog, secrets)
+        store, options_of_run = server, config.tracking
+        if disk := _disk(config, context):
+            disk.client()
+            store, options_of_run = disk.store, options_on(disk, config.tracking)
+            unset = {key: text for key, text in OF_RUNS.items() if key not in os.environ}
+            variables = {**unset, **variables}
         try:
             run = tracking.start(
-                _server(config, context),
-                config.tracking,
+                store,
+                options_of_run,
                 name=secrets.hide_in(config.tracking.run.name or "+".join(names)),
                 params=logged,
                 tags={**_tags(context, run_params, secrets, command, options), **tags},
@@ -326,7 +337,10 @@ def track(
             )
         except SettingError as error:
             raise mistake(context, error.key, secrets.hide_in(str(error))) from error
-        server = run.server
+        if run.server != store:  # an open run elsewhere, which this one is a part of
+            disk = None
+        if disk is None:
+            server = run.server
         if config.tracking.autolog and provenance.runner_name(run_params) == "ThreadRunner":
             logger.warning(
                 "MLflow's autologging follows one fit at a time in a process: of fits that overlap "
@@ -343,6 +357,7 @@ def track(
             autologging.keep_quiet()  # it would make a run of its own
     catalog[ENTRY] = Binding(
         run,
+        disk,
         package_name(context),
         config.server.request_header_provider,
         secrets,
@@ -370,13 +385,12 @@ def track(
         raise
 
 
-def _server(config: MlflowConfig, context: KedroContext) -> Server:
-    """Give the server, with the folder that its runs are recorded in when it may go away."""
-    server = config.server.connection
-    if config.tracking.on_unreachable == "offline":
-        found = recording(server.tracking_uri, server.registry_uri, context.project_path)
-        return replace(server, folder=str(found.folder)) if found else server
-    return server
+def _disk(config: MlflowConfig, context: KedroContext) -> Disk | None:
+    """Return the store on disk that runs are recorded in, when the server may go away."""
+    if config.tracking.on_unreachable != "offline":
+        return None
+    restore = config.tracking.experiment.restore_if_deleted
+    return disk_of(config.server.connection, context.project_path, restore_if_deleted=restore)
 
 
 def _logs_models(pipeline: Pipeline, datasets: Mapping[str, Any]) -> bool:

@@ -200,19 +200,21 @@ def modelify(
 
 @mlflow.command(name="sync")
 @env_option
-@click.option("--dry-run", is_flag=True, help="List what would be sent, and send nothing.")
-@click.option("--prune", is_flag=True, help="Remove from the disk what the server has.")
+@click.option("--dry-run", is_flag=True, help="List what would be replayed, and do nothing.")
+@click.option("--discard", multiple=True, metavar="RUN", help="Remove a run from the disk instead.")
 @click.pass_obj
-def _sync(metadata: ProjectMetadata, env: str | None, dry_run: bool, prune: bool) -> None:
-    """Send the runs that were recorded while the server was away.
+def _sync(
+    metadata: ProjectMetadata, env: str | None, dry_run: bool, discard: tuple[str, ...]
+) -> None:
+    """Replay the runs that are on disk to the server, and remove from the disk what it has.
 
-    What was sent stays on the disk until --prune. It can be interrupted, and started again.
+    It can be interrupted, and started again.
     """
-    from .sync import sync
+    from .offline.command import sync
 
     with _opened(metadata, env) as context:
-        all_sent = sync(context, dry_run=dry_run, prune=prune)
-    if not all_sent:
+        is_whole = sync(context, dry_run=dry_run, discard=discard)
+    if not is_whole:
         raise SystemExit(1)
 
 

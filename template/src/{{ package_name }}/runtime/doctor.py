@@ -31,7 +31,8 @@ from .loading import (
     shown_uri,
     sqlite_file,
 )
-from .recording import waiting
+from .offline.disk import disks
+from .offline.replay import waiting
 from .runs import Schema, advice_on, local_path, schema_of, secrets_of
 from .server import Server, SettingError, experiment_id
 from .showing import count, lasting
@@ -488,12 +489,13 @@ def _process_of(tags: Mapping[str, str], here: endings.Process) -> endings.Proce
 
 
 def _recorded(patient: _Patient) -> str:
-    ids = waiting(patient.project_path)
+    found = [waiting(disk.client()) for disk in disks(patient.project_path)]
+    ids = [family[0].info.run_id for families in found for family in families]
     if not ids:
         return "none"
-    found = f"{count(len(ids), 'run')} recorded in this project: {', '.join(ids[:5])}"
+    waits = f"{count(len(ids), 'run')} on disk in this project: {', '.join(ids[:5])}"
     more = ", …" if len(ids) > 5 else ""
-    raise _FaultError(found + more, f"`{_command(patient, 'sync')}` sends them")
+    raise _FaultError(waits + more, f"`{_command(patient, 'sync')}` replays them")
 
 
 def _command(patient: _Patient, name: str) -> str:

@@ -398,8 +398,7 @@ def lack_of_models(server: Server) -> SettingError | None:
     from mlflow.utils.credentials import get_default_host_creds
     from mlflow.utils.rest_utils import http_request
 
-    is_away = server.recording is not None and bool(server.recording.away)
-    if is_away or not server.tracking_uri.startswith(("http://", "https://")):
+    if not server.tracking_uri.startswith(("http://", "https://")):
         return None
     try:
         answer = http_request(
@@ -442,3 +441,20 @@ def _in_short(text: str) -> str:
     """Give the first line of a text, without what follows 200 characters."""
     line = next((line.strip() for line in text.splitlines() if line.strip()), "no reason given")
     return line if len(line) <= 200 else f"{line[:199]}…"
+
+
+def is_away(error: BaseException) -> bool:
+    """Check whether an error means that a server can't be reached now."""
+    from requests import exceptions
+    from sqlalchemy.exc import InterfaceError, OperationalError
+
+    causes = _causes(error)
+    kinds = (exceptions.ConnectionError, exceptions.Timeout, OperationalError, InterfaceError)
+    if _first(causes, NoAnswerError, *kinds, ConnectionError, TimeoutError):
+        return True
+    found = re.search(r"error code (\d{3})", str(error))
+    return bool(found and (int(found[1]) == 401 or int(found[1]) >= 500)) or bool(
+        (e := _first(causes, exceptions.HTTPError)) is not None
+        and e.response is not None
+        and (e.response.status_code == 401 or e.response.status_code >= 500)
+    )

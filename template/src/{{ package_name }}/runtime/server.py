@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import uuid4
 from weakref import WeakSet
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
     from mlflow.entities import Experiment
 
     from .config import ExperimentOptions
-    from .recording import Recording
 
 logger = logging.getLogger(__name__)
 
@@ -36,54 +34,34 @@ logger = logging.getLogger(__name__)
 class Server:
     """Where runs (`tracking_uri`) and registered models (`registry_uri`) are kept.
 
-    `folder` is where runs are recorded before they are sent, when the server may go away.
+    `replayed_to` is the server that runs of a store on disk are replayed to.
     """
 
     tracking_uri: str
     registry_uri: str
-    folder: str = ""
+    replayed_to: str = ""
 
     @classmethod
     def in_use(cls) -> Server:
         """Give the server that `mlflow.…` in this process is pointed at."""
         import mlflow
 
-        from .recording import SCHEME, Recording
-
-        uri = mlflow.get_tracking_uri()
-        if uri.startswith(f"{SCHEME}:"):
-            found = Recording.of(uri)
-            return cls(found.tracking_uri, found.registry_uri, str(found.folder))
-        return cls(uri, mlflow.get_registry_uri())
-
-    @property
-    def recording(self) -> Recording | None:
-        """Where runs are recorded before they are sent; None where they are sent at once."""
-        from .recording import Recording
-
-        if not self.folder:
-            return None
-        return Recording(Path(self.folder), self.tracking_uri, self.registry_uri)
+        return cls(mlflow.get_tracking_uri(), mlflow.get_registry_uri())
 
     @property
     def client(self) -> MlflowClient:
         """The MLflow client for this server."""
-        return _client(*self._uris)
+        return _client(self.tracking_uri, self.registry_uri)
 
     @property
     def client_of_start(self) -> MlflowClient:
         """The client for what is asked first, which doesn't wait long for a server that is away."""
         from .contact import URI_SCHEME, is_patient, register
 
-        if self.folder or is_patient(self.tracking_uri):
+        if is_patient(self.tracking_uri):
             return self.client
         register()
         return _client(f"{URI_SCHEME}:{self.tracking_uri}", self.registry_uri)
-
-    @property
-    def _uris(self) -> tuple[str, str]:
-        recording = self.recording
-        return (recording.uri,) * 2 if recording else (self.tracking_uri, self.registry_uri)
 
     def use(self) -> None:
         """Point `mlflow.…` in this process at this server, without a request.
@@ -94,17 +72,12 @@ class Server:
         import mlflow
 
         names = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
-        if self.folder:
-            from . import offline
-
-            offline.register()
-        tracking_uri, registry_uri = self._uris
         with _using:
             before = {name: os.environ.get(name) for name in names}
-            if mlflow.get_tracking_uri() != tracking_uri:
-                mlflow.set_tracking_uri(tracking_uri)
-            if mlflow.get_registry_uri() != registry_uri:
-                mlflow.set_registry_uri(registry_uri)
+            if mlflow.get_tracking_uri() != self.tracking_uri:
+                mlflow.set_tracking_uri(self.tracking_uri)
+            if mlflow.get_registry_uri() != self.registry_uri:
+                mlflow.set_registry_uri(self.registry_uri)
             for name, value in before.items():
                 if value is None:
                     os.environ.pop(name, None)
@@ -120,14 +93,8 @@ _using = threading.Lock()
 def _client(tracking_uri: str, registry_uri: str) -> MlflowClient:
     from mlflow import MlflowClient
 
-    from .recording import SCHEME
-
     if is_database(tracking_uri) or is_database(registry_uri):
         part_when_forked()
-    if tracking_uri.startswith(f"{SCHEME}:"):
-        from . import offline
-
-        offline.register()
     return MlflowClient(tracking_uri, registry_uri)
 
 
@@ -206,14 +173,7 @@ def announce(server: Server, options: ExperimentOptions) -> None:
 
 def open_server(server: Server, experiment: ExperimentOptions) -> None:
     """See to it that runs can be opened: an embedded store is made when there is none."""
-    if server.recording:
-        from .offline import warn
-        from .sending import look_for
-
-        if not look_for(server.recording):
-            warn(server.recording)
-    else:
-        prepare(server.tracking_uri, experiment.create_experiment_kwargs.artifact_location)
+    prepare(server.tracking_uri, experiment.create_experiment_kwargs.artifact_location)
 
 
 def prepare(uri: str, location: str | None) -> None:

@@ -18,12 +18,11 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 from uuid import uuid4
 
-from . import autologging, contact, credentials, endings, failures, following
+from . import autologging, credentials, endings, failures
 from .loading import ConfigError, anchor_uri, shown_uri, uri_of_environment
-from .recording import recording
 from .server import Server, SettingError, experiment_id, open_server
 
 if TYPE_CHECKING:
@@ -101,7 +100,7 @@ class RunHandle:
         """
         outbox = _outbox(self)
         outbox.add(points)
-        if self.server.folder or not self.is_ours:
+        if self.server.replayed_to or not self.is_ours:
             outbox.flush()
 
     def metric_history(self, key: str) -> list[Metric]:
@@ -230,7 +229,6 @@ class RunHandle:
                     _end(self.server, self.run_id, self.experiment_id, status, reason)
                     logger.info("MLflow run '%s' (%s) %s", self.name, self.run_id, status)
                     endings.unmark(started.markers, self.run_id)
-                following.settle(self.opening)
             finally:
                 credentials.take_back(self.opening)
 
@@ -396,13 +394,11 @@ def _end_children(server: Server, run_id: str, experiment_id: str, status: str) 
     from mlflow.entities import ViewType
 
     of_this = f"tags.`mlflow.parentRunId` = '{run_id}' and attributes.status = 'RUNNING'"
-    # Those of a run that is recorded are on the disk, all of them.
-    store: Any = server.recording.store() if server.recording else server.client
-    for child in store.search_runs([experiment_id], of_this, ViewType.ACTIVE_ONLY):
+    for child in server.client.search_runs([experiment_id], of_this, ViewType.ACTIVE_ONLY):
         _end(server, child.info.run_id, experiment_id, status)
 
 
-def _end_orphans(server: Server, markers: Path, opening: str) -> None:
+def end_orphans(server: Server, markers: Path) -> None:
     """End the runs on this server whose process is gone, as after `kill -9`."""
     from mlflow.exceptions import MlflowException
 
@@ -411,7 +407,6 @@ def _end_orphans(server: Server, markers: Path, opening: str) -> None:
             run = server.client.get_run(marker.run_id)
             if run.info.status == "RUNNING":
                 end_killed(server, run, marker.process)
-            following.follow(server, marker.run_id, opening)
         except MlflowException as error:
             logger.warning("MLflow run %s could not be ended: %s", marker.run_id, error)
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
@@ -459,13 +454,11 @@ def start(
     given = credentials.original("MLFLOW_RUN_ID")
     # MLflow would take up that run where the user's code asks for a child of it.
     exported: dict[str, str | None] = {**variables, "MLFLOW_RUN_ID": None}
-    if server.folder and contact.TRIES not in os.environ:
-        exported[contact.TRIES] = contact.FEW
     if shown_uri(server.tracking_uri) != server.tracking_uri:
         # MLflow prints the address of each run, password and all.
         exported["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
     credentials.export(opening, exported)
-    if given:
+    if given and not server.replayed_to:
         server = _server_of_environment(server, project_path)
     try:
         autologging.switch_on(options.autolog)
@@ -479,7 +472,6 @@ def start(
             autologging.switch_off()
         raise
     _started[_key(handle)] = _Started(handle, markers, threading.get_ident(), _caller())
-    following.follow(handle.server, handle.run_id, opening)
     with failures.told_of_server(handle.server, variables):
         try:
             _watch(handle, markers)
@@ -487,7 +479,7 @@ def start(
                 handle.set_tags(tags)
             handle.log_params(params)
             handle.enter("pipeline")
-            _end_orphans(handle.server, markers, opening)
+            end_orphans(handle.server, markers)
         except BaseException:
             handle.finish("FAILED")
             raise
@@ -532,13 +524,13 @@ def _open(
     end_abandoned()
     active = mlflow.active_run()
     if active and not any(s.run.run_id == active.info.run_id for s in _started.values()):
-        return _attach(Server.in_use(), active.info.run_id, tags, options)
+        return _attach(Server.in_use(), active.info.run_id, tags)
     if given and not active:
-        return _attach(server, given, tags, options)
+        return _attach(server, given, tags)
     open_server(server, options.experiment)
     server.use()
     if options.run.id and not active:
-        handle = _handle(server, _continued(server, options.run.id, options))
+        handle = _handle(server, _continued(server, options.run.id))
         return handle, tags
     if active and options.run.nested:  # a node starts a Kedro run of its own
         tags["mlflow.parentRunId"] = active.info.run_id
@@ -548,11 +540,11 @@ def _open(
 
 
 def _attach(
-    server: Server, run_id: str, tags: Mapping[str, str], options: TrackingOptions
+    server: Server, run_id: str, tags: Mapping[str, str]
 ) -> tuple[RunHandle, Mapping[str, str]]:
-    if server.recording:
-        open_server(server, options.experiment)
-    run = _existing(server, run_id, options, attached=True)
+    run = _existing(server, run_id)
+    if run is None and server.replayed_to:
+        raise ConfigError(f"MLFLOW_RUN_ID: {_NOT_OFFLINE}, got {run_id!r}")
     if run is None:
         raise ConfigError(
             f"MLFLOW_RUN_ID: expected the id of a run on {shown_uri(server.tracking_uri)} "
@@ -564,11 +556,18 @@ def _attach(
     return _handle(server, run, attached=True), unset
 
 
+_NOT_OFFLINE = (
+    "with tracking.on_unreachable: offline a run of the server can't be continued: expected no id, "
+    "or on_unreachable: fail"
+)
+
 _OWNERS_TAGS = {"host", "pid", "process_start"}
 
 
-def _continued(server: Server, run_id: str, options: TrackingOptions) -> Run:
-    run = _existing(server, run_id, options, attached=False)
+def _continued(server: Server, run_id: str) -> Run:
+    run = _existing(server, run_id)
+    if run is None and server.replayed_to:
+        raise SettingError(("tracking", "run", "id"), f"{_NOT_OFFLINE}, got {run_id!r}")
     if run is None:
         what = f"there is no such run on {shown_uri(server.tracking_uri)}, got {run_id!r}"
         raise SettingError(("tracking", "run", "id"), what)
@@ -576,19 +575,11 @@ def _continued(server: Server, run_id: str, options: TrackingOptions) -> Run:
     return run
 
 
-def _existing(
-    server: Server, run_id: str, options: TrackingOptions, *, attached: bool
-) -> Run | None:
+def _existing(server: Server, run_id: str) -> Run | None:
     from mlflow.exceptions import MlflowException
 
     try:
-        if found := server.recording:
-            from .offline import RecordingStore
-
-            name = options.experiment.name or "Default"
-            run = RecordingStore(found).take_over(run_id, name, attached=attached)
-        else:
-            run = server.client_of_start.get_run(run_id)
+        run = server.client_of_start.get_run(run_id)
     except MlflowException as error:
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise
@@ -603,8 +594,6 @@ def _server_of_environment(server: Server, project_path: Path) -> Server:
         return server
     tracking_uri = anchor_uri(given, project_path)
     registry_uri = os.environ.get("MLFLOW_REGISTRY_URI") or tracking_uri
-    if server.folder and (found := recording(tracking_uri, registry_uri, project_path)):
-        return Server(tracking_uri, registry_uri, str(found.folder))
     return Server(tracking_uri, registry_uri)
 
 
