@@ -100,6 +100,7 @@ def mlflow_server(
     mlflow: Sequence[str] = MLFLOW,
     ready: str = UVICORN,
     env: Mapping[str, str] = MappingProxyType({}),
+    port: int = 0,
 ) -> Iterator[int]:
     """Serve a store with proxied artifacts, by default a SQLite file and a folder; gives the port.
 
@@ -111,8 +112,9 @@ def mlflow_server(
         mlflow: Command of the MLflow that serves.
         ready: What it logs when it is ready.
         env: Environment variables for it.
+        port: Where it listens; by default a free port.
     """
-    port = free_port()
+    port = port or free_port()
     command = [*mlflow, "server", "--host=127.0.0.1", f"--port={port}", "--workers=1"]
     store = store or f"sqlite:///{(folder / 'mlflow.db').as_posix()}"
     artifacts = artifacts or (folder / "artifacts").as_uri()

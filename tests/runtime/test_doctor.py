@@ -572,7 +572,7 @@ def test_only_runs_whose_process_is_surely_gone_are_taken_for_left_open(
     }
 
 
-def test_runs_that_wait_to_be_sent_are_told(project: Project, mlflow_command: Command) -> None:
+def test_runs_that_wait_to_be_replayed_are_told(project: Project, mlflow_command: Command) -> None:
     project.pipeline(ONE_NODE)
     project.parameters({"x": 1})
     away = f"http://127.0.0.1:{free_port()}"
@@ -588,8 +588,8 @@ def test_runs_that_wait_to_be_sent_are_told(project: Project, mlflow_command: Co
 
     assert oks(ended)["offline runs"] is False
     told = finding(ended, "offline runs")
-    assert told["advice"] == "`kedro mlflow sync --env=prod` sends them"
-    assert told["found"] == f"1 run recorded in this project: {run.info.run_id}"
+    assert told["advice"] == "`kedro mlflow sync --env=prod` replays them"
+    assert told["found"] == f"1 run on disk in this project: {run.info.run_id}"
 
 
 def test_no_secret_is_written(project: Project, mlflow_command: Command) -> None:

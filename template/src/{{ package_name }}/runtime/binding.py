@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -322,6 +323,11 @@ def track(
         store, options_of_run = server, config.tracking
         if disk := _disk(config, context):
             disk.client()
+            logger.info(
+                "The run is kept on disk until it has ended. To see it: "
+                "mlflow ui --backend-store-uri %s",
+                shlex.quote(disk.uri),
+            )
             store, options_of_run = disk.store, options_on(disk, config.tracking)
             unset = {key: text for key, text in OF_RUNS.items() if key not in os.environ}
             variables = {**unset, **variables}
