@@ -202,8 +202,8 @@ class Recorded:
 
     def copy(self, folder: Path) -> Project:
         """Copy the project, with its store on disk."""
-        path = folder / self.project.package
-        shutil.rmtree(path, ignore_errors=True)
+        # Each in a folder of its own: MLflow keeps the file of a store open in this process.
+        path = folder / uuid4().hex / self.project.package
         shutil.copytree(self.project.path, path)
         return replace(self.project, path=path)
 
