@@ -94,7 +94,7 @@ def load_config(context: KedroContext) -> MlflowConfig:
             artifact_location=location and anchor_uri(location, project),
         ),
     )
-    experiment._server = server
+    experiment.set_server(server)
     return _changed(
         config, server=server, tracking=_changed(config.tracking, experiment=experiment)
     )
