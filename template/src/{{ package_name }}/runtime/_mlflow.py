@@ -47,7 +47,8 @@ def export_artifact_root(location: str | None) -> None:
 
     MLflow has an option for this for its server alone, which hands it to its workers in this
     variable; without it the files go to the working directory. Where nothing has to be set, the
-    variable must not be there: it marks the process as a server's. Seen in MLflow 3.9 to 3.17.
+    variable must not be there: it marks the process as a server's. Seen in MLflow 3.10 to
+    3.17.
     """
     if location is None:
         os.environ.pop("_MLFLOW_SERVER_ARTIFACT_ROOT", None)
