@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -171,7 +172,6 @@ def modelify(
     **options: Any,
 ) -> None:
     """Log a pipeline as a model that can be served, with the data that is there now."""
-    from kedro import __version__
     from kedro.framework.session import KedroSession
 
     from .binding import modelify
@@ -191,7 +191,7 @@ def modelify(
         run_params = {
             "project_path": str(metadata.project_path),
             "env": context.env,
-            "kedro_version": __version__,
+            "kedro_version": version("kedro"),
             "runtime_params": params,
             "pipeline_name": name,
         }
