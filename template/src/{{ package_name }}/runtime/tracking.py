@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from inspect import currentframe
 from pathlib import Path
 from traceback import walk_stack
 from types import FrameType
@@ -326,7 +327,7 @@ class _Started:
         """Tell whether the call that runs the pipeline was left without a word, as by Ctrl-C."""
         if threading.get_ident() != self.thread:
             return False
-        return all(frame is not self.frame for frame, _ in walk_stack(None))
+        return all(frame is not self.frame for frame, _ in walk_stack(currentframe()))
 
 
 def end_abandoned() -> None:
@@ -504,7 +505,9 @@ def _caller() -> FrameType:
     """Give the call that runs the pipeline: the first one outside of this package and pluggy."""
     inside = (f"{__name__.rpartition('.')[0]}.", "pluggy.")
     return next(
-        frame for frame, _ in walk_stack(None) if not frame.f_globals["__name__"].startswith(inside)
+        frame
+        for frame, _ in walk_stack(currentframe())
+        if not frame.f_globals["__name__"].startswith(inside)
     )
 
 
