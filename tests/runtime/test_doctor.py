@@ -92,7 +92,7 @@ def advice(ended: Ended) -> str:
     return str(told)
 
 
-def test_where_nothing_is_wrong_a_doctor_says_so_and_leaves_nothing_behind(
+def test_where_nothing_is_wrong_a_doctor_says_so_and_leaves_a_deleted_run(
     project: Project, mlflow_command: Command
 ) -> None:
     project.pipeline(ONE_NODE)
@@ -109,8 +109,9 @@ def test_where_nothing_is_wrong_a_doctor_says_so_and_leaves_nothing_behind(
     assert marks == {name: "✓" if ok else "-" for name, ok in EMBEDDED.items()}
     assert oks(written) == EMBEDDED
     assert {path for path in project.path.rglob("*") if path.suffix != ".pyc"} == before
-    with sqlite3.connect(project.path / "mlflow.db") as store:
-        assert store.execute("SELECT run_uuid FROM runs").fetchall() == [(run.info.run_id,)]
+    deleted = project.client.search_runs([run.info.experiment_id], "", ViewType.DELETED_ONLY)
+    assert [made.info.run_name for made in deleted] == ["kedro mlflow doctor"] * 2
+    assert project.only_run().info.run_id == run.info.run_id
 
 
 def test_a_store_that_is_not_there_yet_is_right_and_is_not_made(

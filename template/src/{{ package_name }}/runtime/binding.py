@@ -18,11 +18,22 @@ from uuid import uuid4
 import click
 from kedro.framework import project
 
-from . import autologging, credentials, endings, failures, outputs, params, provenance, tracking
+from . import (
+    _kedro,
+    autologging,
+    credentials,
+    endings,
+    failures,
+    outputs,
+    params,
+    provenance,
+    tracking,
+)
 from .config import MlflowConfig, RequestHeaderProviderOptions
 from .datasets.tracked import TrackedDataset
 from .loading import (
     ConfigError,
+    all_credentials,
     configured_package,
     mistake,
     package_name,
@@ -217,7 +228,7 @@ def modelify(
     try:
         run = run_of(catalog)
         assert run, "a command of its own is always tracked"
-        info = packing.log(run, model, catalog, package_name(context), arguments)
+        info = packing.log(run, model, catalog, package_name(), arguments)
     except BaseException as error:
         fail(catalog, error)
         raise
@@ -364,7 +375,7 @@ def track(
     catalog[ENTRY] = Binding(
         run,
         disk,
-        package_name(context),
+        package_name(),
         config.server.request_header_provider,
         secrets,
         tuple(config.tracking.artifacts.datasets),
@@ -378,8 +389,7 @@ def track(
     in_chunks = {name for node in generators for name in node.outputs}
     try:
         for name, dataset in datasets.items():
-            # CachedDataset keeps the dataset that it caches under this name.
-            for candidate in (dataset, getattr(dataset, "_dataset", None)):
+            for candidate in (dataset, _kedro.cached_dataset(dataset)):
                 if isinstance(candidate, TrackedDataset):
                     candidate.in_chunks = name in in_chunks
                     candidate.bind(server, run, name)
@@ -406,7 +416,7 @@ def _logs_models(pipeline: Pipeline, datasets: Mapping[str, Any]) -> bool:
     if isinstance(pipeline, PipelineML) and not pipeline.missing:
         return True
     saved = [datasets[name] for name in pipeline.all_outputs() if name in datasets]
-    inner = [getattr(dataset, "_dataset", None) for dataset in saved]  # of a CachedDataset
+    inner = [_kedro.cached_dataset(dataset) for dataset in saved]
     return any(isinstance(dataset, MlflowModelTrackingDataset) for dataset in [*saved, *inner])
 
 
@@ -455,7 +465,7 @@ def _secrets(context: KedroContext) -> params.Secrets:
     config: MlflowConfig = context.mlflow  # type: ignore[attr-defined]
     return params.Secrets(
         tuple(config.tracking.redact),
-        frozenset(params.secret_values(context._get_config_credentials())),
+        frozenset(params.secret_values(all_credentials(context))),
     )
 
 
@@ -470,5 +480,5 @@ def _tags(
     hidden = [secrets.hide_in(option) for option in options]
     return {
         **provenance.run_tags(secrets.hide(run_params), hidden, command),
-        **provenance.source_tags(context.project_path, package_name(context)),
+        **provenance.source_tags(context.project_path, package_name()),
     }

@@ -12,12 +12,13 @@ import subprocess
 import sys
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
-from kedro.framework.cli.utils import _split_params, env_option
+from kedro.framework.cli.utils import env_option
 from kedro.framework.startup import ProjectMetadata
 
 if TYPE_CHECKING:
@@ -118,13 +119,22 @@ def ui(metadata: ProjectMetadata, env: str | None, host: str | None, port: int |
     raise SystemExit(_serve(command, metadata.project_path, variables))
 
 
+def _params(command: click.Context, _option: click.Parameter, value: str) -> dict[str, Any]:
+    """Read `--params` as `kedro run` does."""
+    from kedro.framework.cli.project import run
+
+    (option,) = (option for option in run.params if option.name == "params")
+    read: dict[str, Any] = option.process_value(command, value)
+    return read
+
+
 @mlflow.command()
 @env_option
 @click.option("--pipeline", "-p", "name", required=True, help="Pipeline to make a model of.")
 @click.option(
     "--input-name", "-i", required=True, help="Its input that is given for each prediction."
 )
-@click.option("--params", default="", callback=_split_params, help="As for `kedro run`.")
+@click.option("--params", default="", callback=_params, help="As for `kedro run`.")
 @click.option(
     "--infer-signature", is_flag=True, help="Infer the signature from the data of the input."
 )
@@ -162,7 +172,6 @@ def modelify(
     **options: Any,
 ) -> None:
     """Log a pipeline as a model that can be served, with the data that is there now."""
-    from kedro import __version__
     from kedro.framework.session import KedroSession
 
     from .binding import modelify
@@ -182,7 +191,7 @@ def modelify(
         run_params = {
             "project_path": str(metadata.project_path),
             "env": context.env,
-            "kedro_version": __version__,
+            "kedro_version": version("kedro"),
             "runtime_params": params,
             "pipeline_name": name,
         }
@@ -294,8 +303,8 @@ def doctor(metadata: ProjectMetadata, env: str | None, fix: bool, as_json: bool)
 
     To see whether it may write, it makes a run named "kedro mlflow doctor" in the experiment, with
     one small artifact, and deletes both; an experiment that is missing is made, as the first run
-    would. On a server the deleted run stays in MLflow's bin until `mlflow gc`. A store that isn't
-    there yet isn't made.
+    would. The deleted run stays in MLflow's bin until `mlflow gc`. A store that isn't there yet
+    isn't made.
     """
     from .doctor import examine, show
     from .showing import console

@@ -136,6 +136,10 @@ class ExperimentOptions(_Options):
     )
     _server: ServerOptions | None = PrivateAttr(None)
 
+    def set_server(self, server: ServerOptions) -> None:
+        """Set the server that `entity` asks."""
+        self._server = server
+
     @property
     def entity(self) -> Experiment:
         """MLflow's object for the experiment, which is made or restored when need be."""

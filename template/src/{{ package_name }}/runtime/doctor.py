@@ -39,6 +39,9 @@ from .showing import count, lasting
 
 if TYPE_CHECKING:
     from mlflow.entities import Experiment, Run
+    from mlflow.tracking.request_header.abstract_request_header_provider import (
+        RequestHeaderProvider,
+    )
     from requests import Response
 
     from .config import ExperimentOptions, MlflowConfig
@@ -203,7 +206,7 @@ def _configuration(patient: _Patient) -> str:
 def _credentials(patient: _Patient) -> str:
     context, options = patient.context, patient.config.server
     patient.variables = read_credentials(context)
-    register_header_provider(context)
+    provider = register_header_provider(context)
     unset = {name: value for name, value in PATIENCE.items() if name not in os.environ}
     opening = uuid4().hex
     credentials.export(opening, {**unset, **patient.variables})
@@ -211,26 +214,22 @@ def _credentials(patient: _Patient) -> str:
     told = []
     if options.credentials:
         told.append(f"{options.credentials}: {', '.join(patient.variables) or 'nothing'}")
-    if provider := options.request_header_provider.type:
+    if provider:
         _ask_for_headers(patient, provider)
-        told.append(f"headers of {provider}")
+        told.append(f"headers of {options.request_header_provider.type}")
     return "; ".join(told) or "none asked for"
 
 
-def _ask_for_headers(patient: _Patient, provider: str) -> None:
+def _ask_for_headers(patient: _Patient, provider: RequestHeaderProvider) -> None:
     """Ask the provider for headers; MLflow would only log its error, and send none."""
-    from mlflow.tracking.request_header.registry import _request_header_provider_registry
-
-    for known in _request_header_provider_registry:
-        if f"{type(known).__module__}.{type(known).__qualname__}" == provider:
-            try:
-                if known.in_context():
-                    known.request_headers()
-            except Exception as error:  # it is the user's code
-                what = f"type {provider!r} gives no headers: {type(error).__name__}: {error}"
-                key = ("server", "request_header_provider")
-                said = secrets_of(patient.context).hide_in(what)
-                raise mistake(patient.context, key, said) from error
+    try:
+        if provider.in_context():
+            provider.request_headers()
+    except Exception as error:  # it is the user's code
+        kind = patient.config.server.request_header_provider.type
+        what = f"type {kind!r} gives no headers: {type(error).__name__}: {error}"
+        said = secrets_of(patient.context).hide_in(what)
+        raise mistake(patient.context, ("server", "request_header_provider"), said) from error
 
 
 def _server(patient: _Patient) -> str:
@@ -405,10 +404,10 @@ def _missing_folders(place: str) -> list[Path]:
 
 def _take_away(patient: _Patient, place: str) -> str:
     """Delete the artifact; a store that can't, or doesn't allow it, will do for runs as well."""
-    assert patient.run
-    run_id = patient.run.info.run_id
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
     try:
-        patient.server.client._tracking_client._get_artifact_repo(run_id).delete_artifacts(FILE)
+        get_artifact_repository(place, patient.server.tracking_uri).delete_artifacts(FILE)
     except Exception as error:  # each kind of storage has errors of its own
         told = failures.of_artifacts(error, place, patient.server)
         why = (told or f"{type(error).__name__}: {error}").strip().partition("\n")[0]
@@ -417,15 +416,12 @@ def _take_away(patient: _Patient, place: str) -> str:
 
 
 def _clear(patient: _Patient) -> str:
-    """Delete the run that was made; of a database nothing stays."""
+    """Delete the run that was made; MLflow keeps it in its bin until `mlflow gc`."""
     if patient.run is None:
         return ""
     run_id = patient.run.info.run_id
     try:
-        client = patient.server.client
-        client.delete_run(run_id)
-        if is_database(patient.server.tracking_uri):
-            client._tracking_client.store._hard_delete_run(run_id)
+        patient.server.client.delete_run(run_id)
     except Exception as error:
         said = f"{type(error).__name__}: {error}".strip().partition("\n")[0]
         what = f"delete the run {run_id} ({NAME}) by hand: {said}"

@@ -16,14 +16,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 from uuid import uuid4
-from weakref import WeakSet
 
-from . import credentials
+from . import _mlflow, credentials
 from .loading import ANNOUNCED, is_database, sqlite_file
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Experiment
+    from sqlalchemy.pool import Pool
 
     from .config import ExperimentOptions
 
@@ -104,19 +104,10 @@ def part_when_forked() -> None:
 
     Two processes on one connection take each other's answers, or wait for ever.
     """
-    from sqlalchemy import event
-    from sqlalchemy.engine import Connection, Engine
-    from sqlalchemy.pool import Pool
-
-    engines: WeakSet[Engine] = WeakSet()
     inherited: list[Pool] = []  # for good: what is collected would be closed
 
-    @event.listens_for(Engine, "engine_connect")
-    def note(connection: Connection) -> None:
-        engines.add(connection.engine)
-
     def part() -> None:
-        for engine in list(engines):
+        for engine in _mlflow.engines():
             inherited.append(engine.pool)
             engine.dispose(close=False)
 
@@ -160,14 +151,11 @@ def announce(server: Server, options: ExperimentOptions) -> None:
         MLFLOW_TRACKING_URI=server.tracking_uri,
         MLFLOW_REGISTRY_URI=server.registry_uri,
         MLFLOW_EXPERIMENT_NAME=options.name or "",
-        # Where MLflow puts the files of an experiment that it makes itself.
-        _MLFLOW_SERVER_ARTIFACT_ROOT=options.create_experiment_kwargs.artifact_location or "",
         **{ANNOUNCED: server.tracking_uri},
     )
+    _mlflow.export_artifact_root(options.create_experiment_kwargs.artifact_location)
     if "mlflow" in sys.modules:
-        from mlflow.tracking import fluent
-
-        fluent._active_experiment_id = None  # that of another project
+        _mlflow.set_active_experiment(None)  # that of another project
         server.use()
 
 

@@ -16,12 +16,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from inspect import currentframe
 from pathlib import Path
+from traceback import walk_stack
 from types import FrameType
 from typing import TYPE_CHECKING, NamedTuple
 from uuid import uuid4
 
-from . import autologging, credentials, endings, failures
+from . import _mlflow, autologging, credentials, endings, failures
 from .loading import ConfigError, anchor_uri, shown_uri, uri_of_environment
 from .server import Server, SettingError, experiment_id, open_server
 
@@ -163,21 +165,17 @@ class RunHandle:
 
         `scope` says for how long: for `leave` to find what belongs to it.
         """
-        from mlflow.tracking import fluent
-
         self.server.use()
         # Runs that the user's code nests in this one belong to the same experiment.
-        fluent._active_experiment_id = self.experiment_id  # type: ignore[assignment]
-        fluent._active_run_stack.get().append(_active_run(self, scope))
+        _mlflow.set_active_experiment(self.experiment_id)
+        _mlflow.active_runs().append(_active_run(self, scope))
         _watch_exit(os.getpid())
 
     def leave(self, scope: str = "node", status: str = "FINISHED") -> None:
         """Take back what `enter` did; a run that was opened since and left open is ended."""
         if "mlflow" not in sys.modules:
             return
-        from mlflow.tracking import fluent
-
-        stack = fluent._active_run_stack.get()
+        stack = _mlflow.active_runs()
         mine = [getattr(run, "entered", None) == (self.run_id, scope) for run in stack]
         if any(mine):  # else the user's code has ended it, or this is another thread
             _cut(stack, len(mine) - 1 - mine[::-1].index(True), status)
@@ -327,10 +325,7 @@ class _Started:
         """Tell whether the call that runs the pipeline was left without a word, as by Ctrl-C."""
         if threading.get_ident() != self.thread:
             return False
-        frame: FrameType | None = sys._getframe()
-        while frame is not None and frame is not self.frame:
-            frame = frame.f_back
-        return frame is None
+        return all(frame is not self.frame for frame, _ in walk_stack(currentframe()))
 
 
 def end_abandoned() -> None:
@@ -350,10 +345,8 @@ def _watch_exit(pid: int) -> None:  # noqa: ARG001
 
 
 def _interrupt() -> None:
-    from mlflow.tracking import fluent
-
     _end_all(INTERRUPTED)
-    stack = fluent._active_run_stack.get()  # in a worker, where the run is not ours to end
+    stack = _mlflow.active_runs()  # in a worker, where the run is not ours to end
     entered = [hasattr(run, "entered") for run in stack]
     if any(entered):
         _cut(stack, entered.index(True), "KILLED")
@@ -361,13 +354,13 @@ def _interrupt() -> None:
 
 def _cut(stack: list[ActiveRun], length: int, status: str) -> None:
     """Shorten MLflow's stack of active runs; those that the user's code opened are ended."""
-    from mlflow.tracking import fluent
+    import mlflow
 
     while len(stack) > length:
         if hasattr(stack[-1], "entered"):
             stack.pop()
         else:
-            fluent.end_run(status)
+            mlflow.end_run(status)
 
 
 def _end_all(reason: str) -> None:
@@ -502,11 +495,12 @@ def _watch(run: RunHandle, markers: Path) -> None:
 
 def _caller() -> FrameType:
     """Give the call that runs the pipeline: the first one outside of this package and pluggy."""
-    package = __name__.rpartition(".")[0]
-    frame = sys._getframe()
-    while frame.f_back and frame.f_globals["__name__"].startswith((f"{package}.", "pluggy.")):
-        frame = frame.f_back
-    return frame
+    inside = (f"{__name__.rpartition('.')[0]}.", "pluggy.")
+    return next(
+        frame
+        for frame, _ in walk_stack(currentframe())
+        if not frame.f_globals["__name__"].startswith(inside)
+    )
 
 
 def _open(

@@ -220,13 +220,13 @@ class _Replay:
             if self.ids[model.model_id] not in self.created
         }
         for metric in of_models:
-            if _values(metric) not in known_of.get(metric.model_id, ()):
+            if _values(metric) not in known_of.get(str(metric.model_id), ()):
                 yield Metric(
                     metric.key,
                     metric.value,
                     metric.timestamp,
                     metric.step,
-                    self.ids[metric.model_id],
+                    self.ids[str(metric.model_id)],
                     metric.dataset_name,
                     metric.dataset_digest,
                 )
@@ -488,9 +488,7 @@ def versions_of(client: MlflowClient, run: Run) -> list[ModelVersion]:
 def traces_of(client: MlflowClient, run: Run) -> list[Any]:
     """Return the traces of a run, with their spans."""
     condition = f"metadata.`mlflow.sourceRun` = '{run.info.run_id}'"
-    return pages(
-        client.search_traces, locations=[run.info.experiment_id], filter_string=condition
-    )
+    return pages(client.search_traces, locations=[run.info.experiment_id], filter_string=condition)
 
 
 def remove(disk: Disk, family: Sequence[Run]) -> None:
