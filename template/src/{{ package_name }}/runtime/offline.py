@@ -20,7 +20,7 @@ from uuid import uuid4
 
 from . import endings
 from .contact import brisk_registry, brisk_store, is_http
-from .failures import is_refusal, reason_of
+from .failures import reason_of
 from .loading import shown_uri
 from .recording import (
     EXPERIMENT,
@@ -45,6 +45,28 @@ if TYPE_CHECKING:
     from mlflow.store.entities.paged_list import PagedList
 
 logger = logging.getLogger(__name__)
+
+# What a server answers when it won't ever take a request: to ask it again later doesn't help.
+_REFUSALS = {
+    "ENDPOINT_NOT_FOUND",
+    "INVALID_PARAMETER_VALUE",
+    "INVALID_STATE",
+    "NOT_FOUND",
+    "RESOURCE_ALREADY_EXISTS",
+    "RESOURCE_DOES_NOT_EXIST",
+}
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Check whether MLflow has read a request and won't do it, rather than being away."""
+    from mlflow.exceptions import MlflowException
+
+    return (
+        isinstance(error, MlflowException)
+        and error.error_code in _REFUSALS
+        and "failed with error code" not in error.message
+    )
+
 
 # What stores do with a run that is named by its id.
 _OF_A_RUN = {

@@ -18,8 +18,8 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from .contact import brisk_registry, brisk_store, is_http, is_patient
-from .failures import is_refusal, reason_of
-from .offline import as_the_server_sees, find_again
+from .failures import reason_of
+from .offline import as_the_server_sees, find_again, is_refusal
 from .recording import (
     EXPERIMENT,
     ORIGIN,

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from . import credentials
-from .failures import reason_of, told_of_server
+from .failures import reason_of, translate_server_errors
 from .loading import mistake, read_credentials, register_header_provider, shown_uri
 from .offline import find_again
 from .recording import FOLDER, KedroRun, Recording, recording, remove, tidy
@@ -82,7 +82,7 @@ def _send(
     credentials.export("sync", {**variables, "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true"})
     config: MlflowConfig = context.mlflow  # type: ignore[attr-defined]
     try:
-        with told_of_server(config.server.connection, variables):
+        with translate_server_errors(config.server.connection, variables):
             contact(found)
     except SettingError as error:
         raise mistake(context, error.key, str(error)) from error

@@ -21,10 +21,10 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import uuid4
 
-from . import autologging, contact, credentials, endings, failures, following
+from . import autologging, credentials, endings, failures, following
 from .loading import ConfigError, anchor_uri, shown_uri, uri_of_environment
 from .recording import recording
-from .server import Server, SettingError, experiment_id, open_server
+from .server import Server, SettingError, experiment_id, find_run, open_server
 
 if TYPE_CHECKING:
     from mlflow import ActiveRun
@@ -131,12 +131,12 @@ class RunHandle:
 
     def log_artifact(self, path: str | Path, artifact_path: str | None = None) -> None:
         """Copy a local file, or a folder with all that is in it, to the run's artifacts."""
-        with failures.told_of_artifacts(self.artifact_uri, self.server):
+        with failures.translate_artifact_errors(self.artifact_uri, self.server):
             self.server.client.log_artifact(self.run_id, str(path), artifact_path)
 
     def log_text(self, text: str, artifact_file: str) -> None:
         """Write a text to the run's artifacts."""
-        with failures.told_of_artifacts(self.artifact_uri, self.server):
+        with failures.translate_artifact_errors(self.artifact_uri, self.server):
             self.server.client.log_text(self.run_id, text, artifact_file)
 
     def log_model(
@@ -147,7 +147,7 @@ class RunHandle:
         The version that gets registered by it, as `registered_name`, is given the alias.
         """
         self.flush()  # MLflow links the metrics that the run has now with the model
-        with self.active(), failures.told_of_artifacts(self.artifact_uri, self.server):
+        with self.active(), failures.translate_artifact_errors(self.artifact_uri, self.server):
             info = log()
         if alias and registered_name:
             self.server.client.set_registered_model_alias(
@@ -427,6 +427,10 @@ def end_killed(server: Server, run: Run, process: endings.Process) -> None:
     logger.warning("MLflow run %s was still open: %s", run_id, reason)
 
 
+# How often MLflow asks a server again: not where what can't be sent now is sent later.
+_TRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
+
+
 def start(
     server: Server,
     options: TrackingOptions,
@@ -459,8 +463,8 @@ def start(
     given = credentials.original("MLFLOW_RUN_ID")
     # MLflow would take up that run where the user's code asks for a child of it.
     exported: dict[str, str | None] = {**variables, "MLFLOW_RUN_ID": None}
-    if server.folder and contact.TRIES not in os.environ:
-        exported[contact.TRIES] = contact.FEW
+    if server.folder and _TRIES not in os.environ:
+        exported[_TRIES] = "00"  # like this it is none that a user has set
     if shown_uri(server.tracking_uri) != server.tracking_uri:
         # MLflow prints the address of each run, password and all.
         exported["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
@@ -469,7 +473,7 @@ def start(
         server = _server_of_environment(server, project_path)
     try:
         autologging.switch_on(options.autolog)
-        with failures.told_of_server(server, variables):
+        with failures.translate_server_errors(server, variables):
             tags = {**tags, **endings.this_process().tags()}
             handle, tags = _open(server, options, name, tags, given)
         handle = replace(handle, opening=opening)
@@ -480,7 +484,7 @@ def start(
         raise
     _started[_key(handle)] = _Started(handle, markers, threading.get_ident(), _caller())
     following.follow(handle.server, handle.run_id, opening)
-    with failures.told_of_server(handle.server, variables):
+    with failures.translate_server_errors(handle.server, variables):
         try:
             _watch(handle, markers)
             if tags:
@@ -588,7 +592,7 @@ def _existing(
             name = options.experiment.name or "Default"
             run = RecordingStore(found).take_over(run_id, name, attached=attached)
         else:
-            run = server.client_of_start.get_run(run_id)
+            run = find_run(server, run_id)
     except MlflowException as error:
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise
