@@ -43,7 +43,7 @@ from .loading import (
 from .offline import OF_RUNS, replay_after_run
 from .offline.disk import Disk, disk_of, options_on
 from .pipeline_ml import PipelineML
-from .server import SettingError
+from .server import SettingError, lack_of_models
 
 if TYPE_CHECKING:
     from kedro.framework.context import KedroContext
@@ -270,7 +270,7 @@ def report(catalog: DataCatalog, error: BaseException, node: str | None = None) 
     with suppress(AttributeError):  # an exception with slots is told twice
         setattr(error, _REPORTED, run.opening)
     lines = traceback.format_exception(type(error), error, error.__traceback__)
-    error = failures.told(error) or error
+    error = failures.artifact_error_in(error) or error
     with _warning_of_failures():
         run.report_error(
             binding.secrets.hide_in(f"{type(error).__name__}: {error}"),
@@ -281,7 +281,7 @@ def report(catalog: DataCatalog, error: BaseException, node: str | None = None) 
 
 def sentence_of(catalog: DataCatalog, error: BaseException) -> ConfigError | None:
     """Give the sentence to show instead of an error whose cause is in the set-up."""
-    binding, told = _binding_of(catalog), failures.told(error)
+    binding, told = _binding_of(catalog), failures.artifact_error_in(error)
     return ConfigError(binding.secrets.hide_in(told.message)) if binding and told else None
 
 
@@ -394,7 +394,7 @@ def track(
                     candidate.in_chunks = name in in_chunks
                     candidate.bind(server, run, name)
         logs_models = run is not None and _logs_models(pipeline, datasets)
-        if logs_models and (lack := failures.lack_of_models(server)):
+        if logs_models and (lack := lack_of_models(server)):
             raise mistake(context, lack.key, str(lack))
     except BaseException as error:  # a dataset may look at its place, which may not be reachable
         fail(catalog, error)

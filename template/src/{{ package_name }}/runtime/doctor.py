@@ -25,6 +25,7 @@ from . import credentials, endings, failures, tracking
 from .loading import (
     ConfigError,
     is_database,
+    is_http,
     mistake,
     read_credentials,
     register_header_provider,
@@ -34,7 +35,7 @@ from .loading import (
 from .offline.disk import disks
 from .offline.replay import waiting
 from .runs import Schema, advice_on, local_path, schema_of, secrets_of
-from .server import Server, SettingError, experiment_id
+from .server import Server, SettingError, checked, experiment_id
 from .showing import count, lasting
 
 if TYPE_CHECKING:
@@ -185,7 +186,7 @@ def _told(patient: _Patient) -> Iterator[None]:
         yield
         return
     try:
-        with failures.told_of_server(patient.server, patient.variables):
+        with failures.translate_server_errors(patient.server, patient.variables):
             yield
     except SettingError as error:
         said = secrets_of(patient.context).hide_in(str(error))
@@ -241,7 +242,7 @@ def _server(patient: _Patient) -> str:
     elif uri.startswith("file:"):
         if not Path(local_path(uri)).is_dir():
             return _to_be_made(patient)
-    elif uri.startswith(("http://", "https://")):
+    elif is_http(uri):
         _ask_for_version(patient)
     patient.has_store = True
     took = f" answered in {patient.took * 1000:.0f} ms" if patient.answer is not None else ""
@@ -266,7 +267,7 @@ def _to_be_made(patient: _Patient) -> str:
 
 def _ask_for_version(patient: _Patient) -> None:
     from mlflow.utils.credentials import get_default_host_creds
-    from mlflow.utils.rest_utils import http_request, verify_rest_response
+    from mlflow.utils.rest_utils import http_request
 
     chosen = {name for name in PATIENCE if credentials.original(name)} | {*patient.variables}
     patience = {
@@ -276,9 +277,9 @@ def _ask_for_version(patient: _Patient) -> None:
     }
     creds = get_default_host_creds(patient.server.tracking_uri)
     begun = time.time()
-    answer = http_request(creds, "/version", "GET", **patience)
+    answer = http_request(creds, "/version", "GET", raise_on_status=False, **patience)
     if answer.status_code != 404:  # other servers that speak MLflow's API don't tell a version
-        verify_rest_response(answer, "/version")
+        checked(answer, "/version")
     patient.answer, patient.took = answer, time.time() - begun
     patient.asked = begun + patient.took / 2
 
@@ -372,7 +373,7 @@ def _artifacts(patient: _Patient) -> str:
     missing = _missing_folders(place)
     try:
         with (
-            failures.told_of_artifacts(place, patient.server),
+            failures.translate_artifact_errors(place, patient.server),
             tempfile.TemporaryDirectory() as folder,
         ):
             client.log_text(run_id, content, FILE)
@@ -409,7 +410,7 @@ def _take_away(patient: _Patient, place: str) -> str:
     try:
         get_artifact_repository(place, patient.server.tracking_uri).delete_artifacts(FILE)
     except Exception as error:  # each kind of storage has errors of its own
-        told = failures.of_artifacts(error, place, patient.server)
+        told = failures.artifact_sentence(error, place, patient.server)
         why = (told or f"{type(error).__name__}: {error}").strip().partition("\n")[0]
         return f"written and read; {FILE} stays in {place}, which can't delete ({why})"
     return "written, read and deleted"

@@ -388,6 +388,11 @@ def is_database(uri: str) -> bool:
     return uri.split(":", 1)[0].split("+", 1)[0] in {"sqlite", "postgresql", "mysql", "mssql"}
 
 
+def is_http(uri: str) -> bool:
+    """Check whether a tracking URI names a server that is reached by HTTP."""
+    return uri.startswith(("http://", "https://"))
+
+
 def anchor_uri(uri: str, project_path: PurePath) -> str:
     """Make a relative path or `sqlite:///` URI start at the project's folder.
 

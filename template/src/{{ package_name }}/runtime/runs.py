@@ -30,7 +30,7 @@ from .loading import (
     shown_uri,
     sqlite_file,
 )
-from .server import Server, SettingError
+from .server import ADDRESS, Server, SettingError
 
 if TYPE_CHECKING:
     from alembic.script import ScriptDirectory
@@ -88,7 +88,7 @@ def reached(
     opening, server = uuid4().hex, config.server.connection
     credentials.export(opening, {**impatient, **variables})
     try:
-        with failures.told_of_server(server, variables):
+        with failures.translate_server_errors(server, variables):
             yield server, variables
     except SettingError as error:
         raise mistake(context, error.key, secrets_of(context).hide_in(str(error))) from error
@@ -156,7 +156,7 @@ def is_made(server: Server) -> bool:
     if schema is None or schema.found is None:
         return False
     if schema.found != schema.wanted:
-        raise SettingError(failures.ADDRESS, advice_on(schema, server.tracking_uri))
+        raise SettingError(ADDRESS, advice_on(schema, server.tracking_uri))
     return True
 
 
@@ -410,7 +410,7 @@ def _steps(server: Server, run: Run) -> dict[str, int]:
 def _artifacts(server: Server, run: Run, lacks: list[str]) -> list[dict[str, Any]]:
     place = run.info.artifact_uri or ""
     try:
-        with failures.told_of_artifacts(place, server):
+        with failures.translate_artifact_errors(place, server):
             listed = server.client.list_artifacts(run.info.run_id)
     except failures.ArtifactError as error:
         lacks.append(error.message)

@@ -14,15 +14,17 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from . import _mlflow, credentials
-from .loading import ANNOUNCED, is_database, sqlite_file
+from .loading import ANNOUNCED, is_database, is_http, shown_uri, sqlite_file
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Experiment
+    from mlflow.entities import Experiment, Run
+    from requests import Response
     from sqlalchemy.pool import Pool
 
     from .config import ExperimentOptions
@@ -52,16 +54,6 @@ class Server:
     def client(self) -> MlflowClient:
         """The MLflow client for this server."""
         return _client(self.tracking_uri, self.registry_uri)
-
-    @property
-    def client_of_start(self) -> MlflowClient:
-        """The client for what is asked first, which doesn't wait long for a server that is away."""
-        from .contact import URI_SCHEME, is_patient, register
-
-        if is_patient(self.tracking_uri):
-            return self.client
-        register()
-        return _client(f"{URI_SCHEME}:{self.tracking_uri}", self.registry_uri)
 
     def use(self) -> None:
         """Point `mlflow.…` in this process at this server, without a request.
@@ -113,6 +105,10 @@ def part_when_forked() -> None:
 
     if hasattr(os, "register_at_fork"):  # not on Windows, which doesn't fork
         os.register_at_fork(after_in_child=part)
+
+
+# The key of mlflow.yml that says where runs are.
+ADDRESS = ("server", "mlflow_tracking_uri")
 
 
 class SettingError(Exception):
@@ -210,10 +206,8 @@ def _prepare_database(uri: str, location: str | None) -> None:
     from sqlalchemy import create_engine, inspect, text
     from sqlalchemy.pool import NullPool
 
-    from .contact import PATIENCE
-
     # One that doesn't answer is given up as soon as a server is.
-    patience = {"connect_timeout": round(PATIENCE)} if _KNOWS_PATIENCE.match(uri) else {}
+    patience = {"connect_timeout": PATIENCE} if _KNOWS_PATIENCE.match(uri) else {}
     engine = create_engine(uri, poolclass=NullPool, connect_args=patience)
     with engine.connect() as connection:
         if inspect(connection).has_table("alembic_version"):
@@ -245,6 +239,84 @@ def _quiet(name: str) -> Iterator[None]:
         noisy.setLevel(before)
 
 
+# What a server is asked first is answered within so many seconds, or it is away: by itself MLflow
+# asks eight times, which takes four minutes.
+PATIENCE = 9
+CONNECTING = 3  # to each address of its name
+
+
+def ask_first(uri: str, path: str, **params: str) -> Any:
+    """Return what a server answers to the first question, which is asked once and not for long.
+
+    Where the user has set `MLFLOW_HTTP_REQUEST_MAX_RETRIES` or `MLFLOW_HTTP_REQUEST_TIMEOUT` these
+    say how often, and for how long.
+
+    Raises:
+        MlflowException: When there is no answer, or not the one that is asked for.
+    """
+    from mlflow.utils.credentials import get_default_host_creds
+    from mlflow.utils.rest_utils import http_request
+
+    endpoint = f"/api/2.0/mlflow/{path}"
+    chosen = ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT")
+    is_chosen = any(credentials.original(name) is not None for name in chosen)
+    once = {} if is_chosen else {"max_retries": 0, "timeout": (CONNECTING, PATIENCE)}
+    answer = http_request(
+        get_default_host_creds(uri), endpoint, "GET", params=params, raise_on_status=False, **once
+    )
+    return checked(answer, endpoint).json()
+
+
+def checked(answer: Response, endpoint: str) -> Response:
+    """Return an answer that is a good one.
+
+    Raises:
+        MlflowException: For any other; its cause has the headers, which say who has answered.
+    """
+    from mlflow.exceptions import MlflowException
+    from mlflow.utils.rest_utils import verify_rest_response
+    from requests.exceptions import HTTPError
+
+    try:
+        verify_rest_response(answer, endpoint)
+    except MlflowException as error:
+        raise error from HTTPError(response=answer)
+    return answer
+
+
+def find_run(server: Server, run_id: str) -> Run:
+    """Return a run, as the first that a server is asked for.
+
+    Raises:
+        MlflowException: When there is no such run, or no answer.
+    """
+    if is_http(server.tracking_uri):
+        ask_first(server.tracking_uri, "runs/get", run_id=run_id)
+    return server.client.get_run(run_id)
+
+
+def _find_experiment(server: Server, name: str) -> Experiment | None:
+    """Return an experiment, as the first that a server is asked for; None when there is none."""
+    from mlflow.entities import Experiment
+    from mlflow.exceptions import MlflowException
+
+    if not is_http(server.tracking_uri):
+        return server.client.get_experiment_by_name(name)
+    try:
+        answer = ask_first(server.tracking_uri, "experiments/get-by-name", experiment_name=name)
+        found = answer["experiment"]
+        return Experiment(
+            found["experiment_id"], name, found["artifact_location"], found["lifecycle_stage"]
+        )
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return None
+    except KeyError as error:
+        what = "answered, but not as an MLflow server does: correct the address"
+        raise SettingError(ADDRESS, f"{shown_uri(server.tracking_uri)} {what}") from error
+
+
 def experiment_id(server: Server, options: ExperimentOptions) -> str:
     """Find the experiment that runs belong to; make or restore it when need be.
 
@@ -254,7 +326,7 @@ def experiment_id(server: Server, options: ExperimentOptions) -> str:
     from mlflow.exceptions import MlflowException
 
     name = options.name or "Default"
-    found: Experiment | None = server.client_of_start.get_experiment_by_name(name)
+    found = _find_experiment(server, name)
     if found is None:
         try:
             return server.client.create_experiment(
@@ -275,3 +347,33 @@ def experiment_id(server: Server, options: ExperimentOptions) -> str:
             raise SettingError(("tracking", "experiment", "restore_if_deleted"), what)
         server.client.restore_experiment(found.experiment_id)
     return found.experiment_id
+
+
+def lack_of_models(server: Server) -> SettingError | None:
+    """Return what to tell of a server that is older than the models of this MLflow.
+
+    One request, for pipelines that log models: else they would fail when all has run.
+    """
+    from mlflow.exceptions import MlflowException
+    from mlflow.utils.credentials import get_default_host_creds
+    from mlflow.utils.rest_utils import http_request
+
+    uri = server.tracking_uri
+    if not is_http(uri):
+        return None
+    try:
+        answer = http_request(
+            get_default_host_creds(uri), "/version", "GET", max_retries=0, timeout=5
+        )
+    except MlflowException as error:
+        logger.info("The server doesn't tell its version: %s", error)
+        return None
+    found = re.fullmatch(r"([012])\.\d+\.\S+", answer.text.strip())
+    if answer.status_code != 200 or found is None:
+        return None
+    return SettingError(
+        ADDRESS,
+        f"{shown_uri(uri)} is an MLflow server of version {found[0]}, which can't keep models of "
+        f"MLflow {version('mlflow')}: update it to 3.0 or newer, or take the models out of the "
+        "pipeline",
+    )

@@ -25,7 +25,7 @@ from uuid import uuid4
 
 from . import _mlflow, autologging, credentials, endings, failures
 from .loading import ConfigError, anchor_uri, shown_uri, uri_of_environment
-from .server import Server, SettingError, experiment_id, open_server
+from .server import Server, SettingError, experiment_id, find_run, open_server
 
 if TYPE_CHECKING:
     from mlflow import ActiveRun
@@ -132,12 +132,12 @@ class RunHandle:
 
     def log_artifact(self, path: str | Path, artifact_path: str | None = None) -> None:
         """Copy a local file, or a folder with all that is in it, to the run's artifacts."""
-        with failures.told_of_artifacts(self.artifact_uri, self.server):
+        with failures.translate_artifact_errors(self.artifact_uri, self.server):
             self.server.client.log_artifact(self.run_id, str(path), artifact_path)
 
     def log_text(self, text: str, artifact_file: str) -> None:
         """Write a text to the run's artifacts."""
-        with failures.told_of_artifacts(self.artifact_uri, self.server):
+        with failures.translate_artifact_errors(self.artifact_uri, self.server):
             self.server.client.log_text(self.run_id, text, artifact_file)
 
     def log_model(
@@ -148,7 +148,7 @@ class RunHandle:
         The version that gets registered by it, as `registered_name`, is given the alias.
         """
         self.flush()  # MLflow links the metrics that the run has now with the model
-        with self.active(), failures.told_of_artifacts(self.artifact_uri, self.server):
+        with self.active(), failures.translate_artifact_errors(self.artifact_uri, self.server):
             info = log()
         if alias and registered_name:
             self.server.client.set_registered_model_alias(
@@ -415,6 +415,9 @@ def end_killed(server: Server, run: Run, process: endings.Process) -> None:
     logger.warning("MLflow run %s was still open: %s", run_id, reason)
 
 
+# How often MLflow asks a server again: not where what can't be sent now is sent later.
+
+
 def start(
     server: Server,
     options: TrackingOptions,
@@ -455,7 +458,7 @@ def start(
         server = _server_of_environment(server, project_path)
     try:
         autologging.switch_on(options.autolog)
-        with failures.told_of_server(server, variables):
+        with failures.translate_server_errors(server, variables):
             tags = {**tags, **endings.this_process().tags()}
             handle, tags = _open(server, options, name, tags, given)
         handle = replace(handle, opening=opening)
@@ -465,7 +468,7 @@ def start(
             autologging.switch_off()
         raise
     _started[_key(handle)] = _Started(handle, markers, threading.get_ident(), _caller())
-    with failures.told_of_server(handle.server, variables):
+    with failures.translate_server_errors(handle.server, variables):
         try:
             _watch(handle, markers)
             if tags:
@@ -573,7 +576,7 @@ def _existing(server: Server, run_id: str) -> Run | None:
     from mlflow.exceptions import MlflowException
 
     try:
-        run = server.client_of_start.get_run(run_id)
+        run = find_run(server, run_id)
     except MlflowException as error:
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise
