@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from .. import _mlflow
 from ..config import CreateExperimentOptions, ExperimentOptions
 from ..failures import is_away, reason_of
+from ..loading import is_database
 from ..server import SettingError, experiment_id
 from .disk import ARTIFACT_LOCATION, Disk, DiskError, families, has_ended, pages
 
@@ -392,6 +393,9 @@ class _Replay:
     def _source_on_server(self, version: ModelVersion) -> str:
         """Say where the files of a version are: a model, or a folder of a run's artifacts."""
         source = str(version.source)
+        if (found := _MODEL.fullmatch(source)) and is_database(self.disk.server.registry_uri):
+            # MLflow would look for the model in the store that this process is pointed at.
+            return str(self.there.get_logged_model(self.ids[found[1]]).artifact_location)
         run = self.here.get_run(str(version.run_id))
         if source.startswith(str(run.info.artifact_uri)):
             there = self.there.get_run(self.ids[str(version.run_id)])
