@@ -134,7 +134,7 @@ def _show_waiting(disk: Disk, found: Sequence[Sequence[Run]], where: str) -> Non
     if not found:
         click.echo(f"Nothing waits for {where}.")
         return
-    table = Table("run", "id on disk", "started", "status", "runs", "files", title=f"For {where}")
+    table = _table("run", "id on disk", "started", "status", "runs", "files", title=f"For {where}")
     for family in found:
         first = family[0].info
         started = datetime.fromtimestamp(first.start_time / 1000).strftime("%Y-%m-%d %H:%M")
@@ -145,8 +145,18 @@ def _show_waiting(disk: Disk, found: Sequence[Sequence[Run]], where: str) -> Non
 
 
 def _show_outcomes(outcomes: Sequence[Outcome], where: str) -> None:
-    table = Table("run", "id on disk", "id on the server", title=f"To {where}")
+    table = _table("run", "id on disk", "id on the server", title=f"To {where}")
     for outcome in outcomes:
-        result = outcome.problem or outcome.id_on_server
-        table.add_row(outcome.run.info.run_name, outcome.run.info.run_id, result)
+        run = outcome.run.info
+        table.add_row(run.run_name, run.run_id, outcome.id_on_server or "-")
     Console().print(table)
+    for outcome in outcomes:
+        if outcome.problem:
+            click.echo(f"Not replayed: {outcome.run.info.run_id}: {outcome.problem}", err=True)
+
+
+def _table(*columns: str, title: str) -> Table:
+    table = Table(title=title, title_justify="left", box=None)
+    for column in columns:
+        table.add_column(column, overflow="fold")  # an id is of no use when it is cut
+    return table
