@@ -134,7 +134,7 @@ def test_a_forked_process_parts_with_the_engines_of_mlflow_and_no_others(
     assert [engine.pool for engine in engines] == before
 
 
-class Provider(RequestHeaderProvider):  # type: ignore[misc]
+class Provider(RequestHeaderProvider):
     def in_context(self) -> bool:
         return True
 
