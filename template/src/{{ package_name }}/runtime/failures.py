@@ -43,6 +43,7 @@ ENTRY = "the entry of credentials.yml that server.credentials names"
 ANSWERED = "{where} answered {status} ({meaning})"
 UNTRUSTED = "the certificate of {where} isn't trusted ({said}): "
 AROUND = "add {host} to NO_PROXY to go without it"
+UNCONNECTED = f"{{proxy}} gives no connection to {{where}} ({{reason}}): {AROUND}, or correct it"
 ITS_LOG = (
     "Its log says why: see to its --artifacts-destination, and to the bucket and the keys that the "
     "server has for it."
@@ -77,8 +78,7 @@ def _table() -> Sequence[_Row]:
         _Row(SERVER, lambda f: f.status == 407, ADDRESS,
              "{proxy} asks for a login (407): write it into {variable} as in "
              f"http://user:password@host:port, or {AROUND}"),
-        _Row(SERVER, _by(ProxyError), ADDRESS,
-             f"{{proxy}} gives no connection to {{where}} ({{reason}}): {AROUND}, or correct it"),
+        _Row(SERVER, _by(ProxyError), ADDRESS, UNCONNECTED),
         _Row(SERVER, lambda f: f.variable and f.is_of_proxy, ADDRESS,
              f"{{proxy}} answered {{status}} in the place of {{where}}: {AROUND}, or have it let "
              "the requests through"),
@@ -99,14 +99,13 @@ def _table() -> Sequence[_Row]:
              f"the file that {CERTIFICATE} names has no certificates (PEM): correct it in {ENTRY}"),
         _Row(SERVER, lambda f: f.tls, ADDRESS, "{where} can't be reached over TLS: {said}"),
         # No answer.
-        _Row(SERVER, lambda f: f.variable and f.is_unanswered, ADDRESS,
-             f"{{where}} gave no answer through {{proxy}} ({{reason}}): {AROUND}, or correct it"),
+        _Row(SERVER, lambda f: f.variable and f.is_unanswered, ADDRESS, UNCONNECTED),
         _Row(SERVER, _by(ConnectionRefusedError), ADDRESS,
              "nothing listens at {where} (connection refused): start the server, or correct the "
              "address"),
         _Row(SERVER, _by(gaierror), ADDRESS,
              "the host of {where} isn't known: correct the address"),
-        _Row(SERVER, _by(Timeout), ADDRESS,
+        _Row(SERVER, _by(Timeout, TimeoutError), ADDRESS,
              "{where} gave no answer in time: correct the address, see whether a firewall is in "
              "between, or raise MLFLOW_HTTP_REQUEST_TIMEOUT"),
         _Row(SERVER, _by(InvalidURL), ADDRESS, "{where} is no address of a server: correct it"),
@@ -367,7 +366,8 @@ def is_away(error: BaseException) -> bool:
 def reason_of(error: BaseException) -> str:
     """Return in a few words why a server or a storage can't be used."""
     from mlflow.exceptions import RestException
-    from requests.exceptions import RequestException, Timeout
+    from requests.exceptions import ChunkedEncodingError, Timeout
+    from requests.exceptions import ConnectionError as NoConnection
 
     causes = causes_of(error)
     status, said = _status(causes), _said(causes)
@@ -380,7 +380,8 @@ def reason_of(error: BaseException) -> str:
         SSLError: f"no connection over TLS: {said}",
         TimeoutError: "no answer in time",
         Timeout: "no answer in time",
-        RequestException: "the connection was closed",
+        NoConnection: "the connection was closed",
+        ChunkedEncodingError: "the connection was closed",
     }
     return next((text for kind, text in reasons.items() if _first(causes, kind)), said)
 
