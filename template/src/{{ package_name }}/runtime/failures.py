@@ -155,11 +155,11 @@ def _table() -> Sequence[_Row]:
              "{where} can't be used ({said}): start the database, or correct the address"),
         _Row(DATABASE, _by(MlflowException), ADDRESS, "{where}: {said}"),
 
-        _Row(SERVED, lambda f: f.is_login and _ARTIFACTS in f.text, CREDENTIALS,
+        _Row(SERVED, lambda f: f.is_of_artifacts and f.is_login, CREDENTIALS,
              f"the server answered {{status}}. See to the permissions, and to {ENTRY}."),
-        _Row(SERVED, lambda f: f.status and _ARTIFACTS in f.text, LOCATION,
+        _Row(SERVED, lambda f: f.is_of_artifacts and f.status, LOCATION,
              f"the server answered {{status}}. {ITS_LOG}"),
-        _Row(SERVED, lambda f: _ARTIFACTS in f.text, LOCATION,
+        _Row(SERVED, lambda f: f.is_of_artifacts, LOCATION,
              f"the server closed the connection. {ITS_LOG}"),
 
         _Row(STORAGE, lambda f: f.lacks_client, LOCATION,
@@ -178,7 +178,6 @@ def _table() -> Sequence[_Row]:
 _NO_TLS = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE")
 _REFUSED_LOGIN = r"password|authentication|role .* does not exist|pg_hba"
 _NO_BUCKET = r"NoSuchBucket|ContainerNotFound|bucket does not exist"
-_ARTIFACTS = "/mlflow-artifacts/"
 _STATUS = re.compile(r"(?:too many|failed with error code|Tunnel connection failed:) (\d{3})\b")
 
 # The package to install for each kind of storage, and the variables that open it.
@@ -213,7 +212,7 @@ class _Failure:
         self, store: str, error: BaseException, uri: str, where: str, given: Mapping[str, str]
     ) -> None:
         from mlflow.exceptions import RestException
-        from requests.exceptions import HTTPError, RequestException
+        from requests.exceptions import HTTPError, RequestException, RetryError
         from sqlalchemy.exc import DBAPIError
 
         self.store, self.where, self._causes, self._given = store, where, causes_of(error), given
@@ -226,11 +225,16 @@ class _Failure:
         self.meaning = {401: "not authenticated", 404: "not found"}.get(self.status, "not allowed")
         self.is_login = self.status in (401, 403)
         self.is_unanswered = not self.status and self.first(RequestException) is not None
+        self.is_of_artifacts = (
+            self.first(HTTPError, RetryError) or "/mlflow-artifacts/" in self.text
+        )
         answer, answered = self.first(RestException), self.first(HTTPError)
         self.code = answer.json.get("error_code", "") if answer else ""
-        self.headers = answered.response.headers if answered else {}
+        has_headers = answered is not None and answered.response is not None
+        self.headers = answered.response.headers if has_headers else {}
         self.providers = " and ".join(registered_header_providers())
-        self.host, self.bucket = urlsplit(uri).hostname, urlsplit(uri).netloc
+        parts = urlsplit(shown_uri(uri))  # a password may have what an address may not
+        self.host, self.bucket = parts.hostname, parts.netloc
         self.variable, address = _proxy(uri)
         self.proxy = f"the proxy {address} (of {self.variable})" if address else "a proxy"
         # Packages that aren't installed, and errors of those that are.
@@ -239,7 +243,7 @@ class _Failure:
         self.package = _DRIVERS.get(self.module, self.module)
         self.lacks_client = self.module.partition(".")[0] in _STORAGE_CLIENTS
         self.of_client = _of_client(self._causes)
-        self.storage = _STORAGES.get(urlsplit(uri).scheme)
+        self.storage = _STORAGES.get(parts.scheme)
 
     def first(self, *kinds: type[BaseException]) -> Any:
         return _first(self._causes, *kinds)
@@ -324,6 +328,8 @@ def artifact_sentence(error: BaseException, place: str, server: Server) -> str |
     store, where = STORAGE, place
     if place.startswith("mlflow-artifacts:"):
         store, where = SERVED, f"{place} of {shown_uri(server.tracking_uri)}"
+    elif place.partition(":")[0] not in _STORAGES:
+        return None
     explained = _Failure(store, error, place, where, {}).explain()
     return f"{_NOT_STORED} {where}: {explained}" if explained else None
 
@@ -417,7 +423,7 @@ def _status(causes: Sequence[BaseException]) -> int:
     for cause in causes:
         response = getattr(cause, "response", None)
         if isinstance(response, Response):
-            return response.status_code
+            return int(response.status_code)
         if isinstance(response, dict):  # of S3
             return int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
         if isinstance(cause, RestException) and "error_code" in cause.json:
@@ -461,10 +467,11 @@ def _proxy(uri: str) -> tuple[str, str]:
     """Return the variable that names the proxy for an address, and the proxy's own address."""
     from requests.utils import get_environ_proxies, select_proxy
 
+    uri = shown_uri(uri)
     address = select_proxy(uri, get_environ_proxies(uri)) if is_http(uri) else None
     if not address:
         return "", ""
-    names = [f"{scheme}_proxy" for scheme in (urlsplit(uri).scheme, "all")]
+    names = [f"{scheme}_proxy" for scheme in (uri.partition(":")[0], "all")]
     spelled = [name for lower in names for name in (lower, lower.upper())]
     variable = next((name for name in spelled if os.environ.get(name)), "the system's settings")
     return variable, shown_uri(address)
