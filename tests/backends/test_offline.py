@@ -140,9 +140,7 @@ def test_a_run_whose_server_is_away_ends_well_and_says_where_it_is(
     assert "kedro mlflow sync" in warning
     assert reason in warning
     assert len(proxy.requests) <= 1  # nobody waits for MLflow's eight tries
-    ui = re.search(r"mlflow ui --backend-store-uri (\S+)", " ".join(ended.stdout.split()))
-    assert ui
-    assert MlflowClient(ui[1]).get_experiment_by_name(offline.package)
+    assert "kedro mlflow ui --offline" in " ".join(ended.stdout.split())
     proxy.heal()
     assert on_server(offline, port) == []
     everything.sync(offline)

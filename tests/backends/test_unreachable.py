@@ -102,9 +102,8 @@ def test_a_run_whose_server_is_away_says_so_before_it_begins(
     assert proxy.uri in sentence
     assert what in sentence
     assert advice in sentence
-    assert re.search(r"asked (once|\d times) in \d+ s", sentence), sentence
     # MLflow by itself tries eight times, with two minutes for each.
-    assert len(proxy.requests) <= 4
+    assert len(proxy.requests) <= 1
     assert set(proxy.requests) <= {"GET /api/2.0/mlflow/experiments/get-by-name"}
 
 

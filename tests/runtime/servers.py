@@ -187,3 +187,40 @@ def counting_proxy(port: int, refuse: Refusal | None = None) -> Iterator[Countin
     finally:
         server.shutdown()
         server.server_close()
+
+
+@contextmanager
+def answering(
+    status: int = 0, headers: Mapping[str, str] = MappingProxyType({}), body: str = ""
+) -> Iterator[CountingProxy]:
+    """Give one answer to all that is asked, as a proxy to `CONNECT` too.
+
+    Without a status the connection is closed. The answer has no other headers than its length.
+    """
+    requests: list[str] = []
+    received: list[dict[str, str]] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def answer(self) -> None:
+            requests.append(f"{self.command} {self.path.partition('?')[0]}")
+            received.append(dict(self.headers))
+            if status:
+                self.send_response_only(status)
+                for name, value in {**headers, "Content-Length": str(len(body))}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(body.encode())
+
+        do_CONNECT = do_GET = do_POST = answer
+
+        def log_message(self, *args: Any) -> None:
+            """Stay quiet."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield CountingProxy(f"http://127.0.0.1:{server.server_address[1]}", requests, received)
+    finally:
+        server.shutdown()
+        server.server_close()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shlex
 import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -335,9 +334,7 @@ def track(
         if disk := _disk(config, context):
             disk.client()
             logger.info(
-                "The run is kept on disk until it has ended. To see it: "
-                "mlflow ui --backend-store-uri %s",
-                shlex.quote(disk.uri),
+                "The run is kept on disk until it has ended: `kedro mlflow ui --offline` shows it"
             )
             store, options_of_run = disk.store, options_on(disk, config.tracking)
             unset = {key: text for key, text in OF_RUNS.items() if key not in os.environ}

@@ -80,8 +80,11 @@ def _config_files(environment: Path) -> list[Path]:
     type=click.IntRange(1, 65535),
     help="Port to listen on; `ui.port`, or a free one, by default.",
 )
+@click.option("--offline", is_flag=True, help="Show the runs that are on disk, to be replayed.")
 @click.pass_obj
-def ui(metadata: ProjectMetadata, env: str | None, host: str | None, port: int | None) -> None:
+def ui(
+    metadata: ProjectMetadata, env: str | None, host: str | None, port: int | None, offline: bool
+) -> None:
     """Open MLflow's pages on the project's runs; Ctrl-C ends them.
 
     The embedded store is served from here. A tracking server has pages of its own: they are
@@ -91,12 +94,15 @@ def ui(metadata: ProjectMetadata, env: str | None, host: str | None, port: int |
 
     from .config import MlflowConfig
     from .loading import is_database, read_credentials
+    from .offline.command import store_on_disk
 
     with KedroSession.create(project_path=metadata.project_path, env=env) as session:
         context: Any = session.load_context()  # type: ignore[attr-defined]
         config: MlflowConfig = context.mlflow
         variables = read_credentials(context)
     server = config.server.connection
+    if offline:
+        server = store_on_disk(server, metadata.project_path)
     if not is_database(server.tracking_uri):
         page = re.sub(r"//[^/?#]*@", "//", server.tracking_uri)  # without user and password
         click.echo(f"The runs are on {page}")

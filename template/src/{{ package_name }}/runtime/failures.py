@@ -43,6 +43,7 @@ ENTRY = "the entry of credentials.yml that server.credentials names"
 ANSWERED = "{where} answered {status} ({meaning})"
 UNTRUSTED = "the certificate of {where} isn't trusted ({said}): "
 AROUND = "add {host} to NO_PROXY to go without it"
+UNCONNECTED = f"{{proxy}} gives no connection to {{where}} ({{reason}}): {AROUND}, or correct it"
 ITS_LOG = (
     "Its log says why: see to its --artifacts-destination, and to the bucket and the keys that the "
     "server has for it."
@@ -77,8 +78,7 @@ def _table() -> Sequence[_Row]:
         _Row(SERVER, lambda f: f.status == 407, ADDRESS,
              "{proxy} asks for a login (407): write it into {variable} as in "
              f"http://user:password@host:port, or {AROUND}"),
-        _Row(SERVER, _by(ProxyError), ADDRESS,
-             f"{{proxy}} gives no connection to {{where}} ({{reason}}): {AROUND}, or correct it"),
+        _Row(SERVER, _by(ProxyError), ADDRESS, UNCONNECTED),
         _Row(SERVER, lambda f: f.variable and f.is_of_proxy, ADDRESS,
              f"{{proxy}} answered {{status}} in the place of {{where}}: {AROUND}, or have it let "
              "the requests through"),
@@ -99,14 +99,13 @@ def _table() -> Sequence[_Row]:
              f"the file that {CERTIFICATE} names has no certificates (PEM): correct it in {ENTRY}"),
         _Row(SERVER, lambda f: f.tls, ADDRESS, "{where} can't be reached over TLS: {said}"),
         # No answer.
-        _Row(SERVER, lambda f: f.variable and f.is_unanswered, ADDRESS,
-             f"{{where}} gave no answer through {{proxy}} ({{reason}}): {AROUND}, or correct it"),
+        _Row(SERVER, lambda f: f.variable and f.is_unanswered, ADDRESS, UNCONNECTED),
         _Row(SERVER, _by(ConnectionRefusedError), ADDRESS,
              "nothing listens at {where} (connection refused): start the server, or correct the "
              "address"),
         _Row(SERVER, _by(gaierror), ADDRESS,
              "the host of {where} isn't known: correct the address"),
-        _Row(SERVER, _by(Timeout), ADDRESS,
+        _Row(SERVER, _by(Timeout, TimeoutError), ADDRESS,
              "{where} gave no answer in time: correct the address, see whether a firewall is in "
              "between, or raise MLFLOW_HTTP_REQUEST_TIMEOUT"),
         _Row(SERVER, _by(InvalidURL), ADDRESS, "{where} is no address of a server: correct it"),
@@ -156,11 +155,11 @@ def _table() -> Sequence[_Row]:
              "{where} can't be used ({said}): start the database, or correct the address"),
         _Row(DATABASE, _by(MlflowException), ADDRESS, "{where}: {said}"),
 
-        _Row(SERVED, lambda f: f.is_login and _ARTIFACTS in f.text, CREDENTIALS,
+        _Row(SERVED, lambda f: f.is_of_artifacts and f.is_login, CREDENTIALS,
              f"the server answered {{status}}. See to the permissions, and to {ENTRY}."),
-        _Row(SERVED, lambda f: f.status and _ARTIFACTS in f.text, LOCATION,
+        _Row(SERVED, lambda f: f.is_of_artifacts and f.status, LOCATION,
              f"the server answered {{status}}. {ITS_LOG}"),
-        _Row(SERVED, lambda f: _ARTIFACTS in f.text, LOCATION,
+        _Row(SERVED, lambda f: f.is_of_artifacts, LOCATION,
              f"the server closed the connection. {ITS_LOG}"),
 
         _Row(STORAGE, lambda f: f.lacks_client, LOCATION,
@@ -179,7 +178,6 @@ def _table() -> Sequence[_Row]:
 _NO_TLS = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE")
 _REFUSED_LOGIN = r"password|authentication|role .* does not exist|pg_hba"
 _NO_BUCKET = r"NoSuchBucket|ContainerNotFound|bucket does not exist"
-_ARTIFACTS = "/mlflow-artifacts/"
 _STATUS = re.compile(r"(?:too many|failed with error code|Tunnel connection failed:) (\d{3})\b")
 
 # The package to install for each kind of storage, and the variables that open it.
@@ -214,7 +212,7 @@ class _Failure:
         self, store: str, error: BaseException, uri: str, where: str, given: Mapping[str, str]
     ) -> None:
         from mlflow.exceptions import RestException
-        from requests.exceptions import HTTPError, RequestException
+        from requests.exceptions import HTTPError, RequestException, RetryError
         from sqlalchemy.exc import DBAPIError
 
         self.store, self.where, self._causes, self._given = store, where, causes_of(error), given
@@ -227,11 +225,16 @@ class _Failure:
         self.meaning = {401: "not authenticated", 404: "not found"}.get(self.status, "not allowed")
         self.is_login = self.status in (401, 403)
         self.is_unanswered = not self.status and self.first(RequestException) is not None
+        self.is_of_artifacts = (
+            self.first(HTTPError, RetryError) or "/mlflow-artifacts/" in self.text
+        )
         answer, answered = self.first(RestException), self.first(HTTPError)
         self.code = answer.json.get("error_code", "") if answer else ""
-        self.headers = answered.response.headers if answered else {}
+        has_headers = answered is not None and answered.response is not None
+        self.headers = answered.response.headers if has_headers else {}
         self.providers = " and ".join(registered_header_providers())
-        self.host, self.bucket = urlsplit(uri).hostname, urlsplit(uri).netloc
+        parts = urlsplit(shown_uri(uri))  # a password may have what an address may not
+        self.host, self.bucket = parts.hostname, parts.netloc
         self.variable, address = _proxy(uri)
         self.proxy = f"the proxy {address} (of {self.variable})" if address else "a proxy"
         # Packages that aren't installed, and errors of those that are.
@@ -240,7 +243,7 @@ class _Failure:
         self.package = _DRIVERS.get(self.module, self.module)
         self.lacks_client = self.module.partition(".")[0] in _STORAGE_CLIENTS
         self.of_client = _of_client(self._causes)
-        self.storage = _STORAGES.get(urlsplit(uri).scheme)
+        self.storage = _STORAGES.get(parts.scheme)
 
     def first(self, *kinds: type[BaseException]) -> Any:
         return _first(self._causes, *kinds)
@@ -325,6 +328,8 @@ def artifact_sentence(error: BaseException, place: str, server: Server) -> str |
     store, where = STORAGE, place
     if place.startswith("mlflow-artifacts:"):
         store, where = SERVED, f"{place} of {shown_uri(server.tracking_uri)}"
+    elif place.partition(":")[0] not in _STORAGES:
+        return None
     explained = _Failure(store, error, place, where, {}).explain()
     return f"{_NOT_STORED} {where}: {explained}" if explained else None
 
@@ -367,7 +372,8 @@ def is_away(error: BaseException) -> bool:
 def reason_of(error: BaseException) -> str:
     """Return in a few words why a server or a storage can't be used."""
     from mlflow.exceptions import RestException
-    from requests.exceptions import RequestException, Timeout
+    from requests.exceptions import ChunkedEncodingError, Timeout
+    from requests.exceptions import ConnectionError as NoConnection
 
     causes = causes_of(error)
     status, said = _status(causes), _said(causes)
@@ -380,7 +386,8 @@ def reason_of(error: BaseException) -> str:
         SSLError: f"no connection over TLS: {said}",
         TimeoutError: "no answer in time",
         Timeout: "no answer in time",
-        RequestException: "the connection was closed",
+        NoConnection: "the connection was closed",
+        ChunkedEncodingError: "the connection was closed",
     }
     return next((text for kind, text in reasons.items() if _first(causes, kind)), said)
 
@@ -460,10 +467,11 @@ def _proxy(uri: str) -> tuple[str, str]:
     """Return the variable that names the proxy for an address, and the proxy's own address."""
     from requests.utils import get_environ_proxies, select_proxy
 
+    uri = shown_uri(uri)
     address = select_proxy(uri, get_environ_proxies(uri)) if is_http(uri) else None
     if not address:
         return "", ""
-    names = [f"{scheme}_proxy" for scheme in (urlsplit(uri).scheme, "all")]
+    names = [f"{scheme}_proxy" for scheme in (uri.partition(":")[0], "all")]
     spelled = [name for lower in names for name in (lower, lower.upper())]
     variable = next((name for name in spelled if os.environ.get(name)), "the system's settings")
     return variable, shown_uri(address)

@@ -31,6 +31,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# What a server is asked first is answered within so many seconds, or it is away: by itself MLflow
+# asks eight times, which takes four minutes.
+PATIENCE = 9
+CONNECTING = 3  # to each address of its name
+
 
 @dataclass(frozen=True)
 class Server:
@@ -239,12 +244,6 @@ def _quiet(name: str) -> Iterator[None]:
         noisy.setLevel(before)
 
 
-# What a server is asked first is answered within so many seconds, or it is away: by itself MLflow
-# asks eight times, which takes four minutes.
-PATIENCE = 9
-CONNECTING = 3  # to each address of its name
-
-
 def ask_first(uri: str, path: str, **params: str) -> Any:
     """Return what a server answers to the first question, which is asked once and not for long.
 
@@ -305,9 +304,8 @@ def _find_experiment(server: Server, name: str) -> Experiment | None:
     try:
         answer = ask_first(server.tracking_uri, "experiments/get-by-name", experiment_name=name)
         found = answer["experiment"]
-        return Experiment(
-            found["experiment_id"], name, found["artifact_location"], found["lifecycle_stage"]
-        )
+        place, stage = found.get("artifact_location"), found.get("lifecycle_stage", "active")
+        return Experiment(found["experiment_id"], name, place, stage)
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from datetime import datetime
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
     from ..config import MlflowConfig
+    from ..server import Server
 
 
 def sync(context: KedroContext, *, dry_run: bool, discard: Sequence[str]) -> bool:
@@ -72,6 +74,19 @@ def sync(context: KedroContext, *, dry_run: bool, discard: Sequence[str]) -> boo
         return True
     _show_outcomes(outcomes, where)
     return not any(outcome.problem for outcome in outcomes)
+
+
+def store_on_disk(server: Server, project_path: Path) -> Server:
+    """Return the store with the runs that are to be replayed to a server.
+
+    Raises:
+        ClickException: When there is none.
+    """
+    disk = disk_of(server, project_path)
+    if disk is None or not (disk.folder / "mlflow.db").exists():
+        where = shown_uri(server.tracking_uri)
+        raise click.ClickException(f"--offline: no run on disk waits for {where}")
+    return disk.store
 
 
 def _replay(disk: Disk, found: Sequence[Sequence[Run]], where: str) -> list[Outcome]:
