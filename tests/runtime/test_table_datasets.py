@@ -237,7 +237,7 @@ def test_tables_of_several_runs_load_as_one(client: MlflowClient) -> None:
 
 
 def test_a_run_that_has_no_such_table_is_named(client: MlflowClient) -> None:
-    with pytest.raises(DatasetError, match=rf"^The run {run_id()} has no table 'a/t\.json'\.$"):
+    with pytest.raises(DatasetError, match=rf"^The run {run_id()} has no artifact 'a/t\.json'\.$"):
         MlflowTableDataset("a/t.json").load()
 
 
@@ -278,6 +278,21 @@ def test_tables_saved_at_once_are_all_on_the_runs_list(client: MlflowClient) -> 
 
     listed = json.loads(client.get_run(given).data.tags["mlflow.loggedArtifacts"])
     assert sorted(entry["path"] for entry in listed) == files
+
+
+@embedded
+def test_a_table_that_has_no_place_in_mlflows_list_is_saved_all_the_same(
+    client: MlflowClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    listed = json.dumps([{"path": f"{i:064}.json", "type": "table"} for i in range(80)])
+    client.set_tag(run_id(), "mlflow.loggedArtifacts", listed)
+    dataset = MlflowTableDataset("one-more-with-a-long-enough-name-to-be-too-much-for-it.json")
+
+    for number in range(2):
+        dataset.save({"a": [number]})
+
+    assert dataset.load()["a"].tolist() == [1]
+    assert "list of tables is full" in caplog.text
 
 
 # --- past runs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -14,12 +15,15 @@ from kedro.io import DatasetError
 from .._mlflow import default_experiment_id
 from ..server import Server
 from ..tracking import RunHandle, attach
+from .artifacts import fetch, has_artifact
 from .tracked import TrackedDataset
 
 if TYPE_CHECKING:
     import pandas as pd
     from mlflow import MlflowClient
     from mlflow.entities import Run
+
+logger = logging.getLogger(__name__)
 
 # What `log_table` refuses in the path of a table.
 _REFUSED = "\"',:[]{}"
@@ -32,7 +36,7 @@ _ATTRIBUTES = ("run_id", "experiment_id", "run_name", "status", "artifact_uri", 
 _GROUPS = ("metrics.", "params.", "tags.")
 
 # MLflow's `log_table` reads a run's list of tables, and then writes it: threads take turns.
-_logging = threading.Lock()
+_listing = threading.Lock()
 
 
 class MlflowTableDataset(TrackedDataset):
@@ -102,15 +106,16 @@ class MlflowTableDataset(TrackedDataset):
         if self.in_chunks and self._mode == "overwrite":
             self._chunks.append(table)
             table = pd.concat(self._chunks, ignore_index=True)
-        with _logging:
-            if self._mode == "overwrite" and _has(run, file):
+        with _listing:
+            if self._mode == "overwrite" and has_artifact(run, PurePosixPath(file)):
                 _empty(run, file)
-            run.server.client.log_table(run.run_id, table, file)
+            try:
+                run.server.client.log_table(run.run_id, table, file)
+            except json.JSONDecodeError:  # MLflow 3.17 cuts a list that is too long for its tag
+                logger.warning("MLflow's list of tables is full: its UI won't show '%s'", file)
 
     def _of_run(self, run: RunHandle) -> pd.DataFrame:
         file = self._required_file()
-        if not _has(run, file):
-            raise DatasetError(f"The run {run.run_id} has no table '{file}'.")
         table = _read(run, file)
         if self._extra:
             of_run = _frame([run.server.client.get_run(run.run_id)], self._extra)
@@ -131,7 +136,7 @@ class MlflowTableDataset(TrackedDataset):
             run = self._resolve_run()
         except DatasetError:  # no run, no table
             return False
-        return _has(run, self._required_file())
+        return has_artifact(run, PurePosixPath(self._required_file()))
 
     def _describe(self) -> dict[str, Any]:
         return {
@@ -174,8 +179,9 @@ class MlflowRunsDataset(TrackedDataset):
         include_current: bool = False,
         metadata: dict[str, Any] | None = None,
     ) -> None:
-        if limit is not None and (not isinstance(limit, int) or limit < 1):
-            raise DatasetError(f"`limit` is a number of runs from 1, got {limit!r}.")
+        given: Any = limit
+        if given is not None and not (isinstance(given, int) and given > 0):
+            raise DatasetError(f"`limit` is a number of runs from 1, got {given!r}.")
         self.filter = filter
         self.order_by = _texts("order_by", order_by)
         self.limit = limit
@@ -322,11 +328,6 @@ def _folder_of(file: str) -> str | None:
     return None if folder == "." else folder
 
 
-def _has(run: RunHandle, file: str) -> bool:
-    found = run.server.client.list_artifacts(run.run_id, _folder_of(file))
-    return file in [artifact.path for artifact in found if not artifact.is_dir]
-
-
 def _read(run: RunHandle, file: str) -> pd.DataFrame:
     """Return a table of a run.
 
@@ -336,7 +337,7 @@ def _read(run: RunHandle, file: str) -> pd.DataFrame:
     import pandas as pd
 
     with TemporaryDirectory() as folder:
-        local = Path(run.server.client.download_artifacts(run.run_id, file, folder))
+        local = fetch(run, PurePosixPath(file), folder)
         if local.suffix == ".parquet":
             return pd.read_parquet(local)
         content = json.loads(local.read_text(encoding="utf-8"))
