@@ -178,10 +178,6 @@ class MlflowArtifactDataset(TrackedDataset):
         path = location(self._dataset, None)[1]
         return PurePosixPath(self.artifact_path or "", PurePosixPath(path).name)
 
-    @property
-    def _is_remote(self) -> bool:
-        return not isinstance(location(self._dataset, None)[0], LocalFileSystem)
-
     def _at(self, path: Path) -> AbstractDataset[Any, Any]:
         """Make the wrapped dataset once more, with its file or folder at a local path."""
         return AbstractDataset.from_config("dataset", self._config_at(path.as_posix()))
@@ -240,7 +236,8 @@ class MlflowArtifactDataset(TrackedDataset):
 
     def __getstate__(self) -> dict[str, Any]:
         state = {**self.__dict__, "_draft": None}
-        if self._is_remote:  # s3fs, for one, lets no dataset be pickled that has kept its `glob`
+        # s3fs, for one, lets no dataset be pickled that has kept its `glob`.
+        if not isinstance(location(self._dataset, None)[0], LocalFileSystem):
             state["version"] = self._version
             del state["_dataset"]
         return state
@@ -293,7 +290,7 @@ def log_file(
         for path, place in saved.items():
             if not os.path.exists(path):  # noqa: PTH110
                 raise _nothing_saved(dataset, path)
-            run.log_artifact(path, _folder(place))
+            run.log_artifact(path, folder_of(place))
         return
     with TemporaryDirectory() as folder:
         for path, place in saved.items():
@@ -312,7 +309,8 @@ def _nothing_saved(dataset: AbstractDataset[Any, Any], path: str) -> DatasetErro
     )
 
 
-def _folder(place: PurePosixPath) -> str | None:
+def folder_of(place: PurePosixPath) -> str | None:
+    """Return the folder of a place among a run's artifacts; None when that is their root."""
     return None if place.parent == PurePosixPath() else str(place.parent)
 
 
@@ -329,7 +327,7 @@ def fetch(run: RunHandle, artifact: PurePosixPath, folder: str | Path) -> Path:
 
 def has_artifact(run: RunHandle, artifact: PurePosixPath) -> bool:
     """Check whether a run has an artifact at a path."""
-    listed = _repository(run).list_artifacts(_folder(artifact))
+    listed = _repository(run).list_artifacts(folder_of(artifact))
     return str(artifact) in [found.path for found in listed]
 
 

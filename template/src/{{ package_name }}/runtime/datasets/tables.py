@@ -15,7 +15,7 @@ from kedro.io import DatasetError
 from .._mlflow import default_experiment_id
 from ..server import Server
 from ..tracking import RunHandle, attach
-from .artifacts import fetch, has_artifact
+from .artifacts import fetch, folder_of, has_artifact
 from .tracked import TrackedDataset
 
 if TYPE_CHECKING:
@@ -323,11 +323,6 @@ def _table(data: Any) -> pd.DataFrame:
     return pd.DataFrame([data] if is_row else data)
 
 
-def _folder_of(file: str) -> str | None:
-    folder = str(PurePosixPath(file).parent)
-    return None if folder == "." else folder
-
-
 def _read(run: RunHandle, file: str) -> pd.DataFrame:
     """Return a table of a run.
 
@@ -354,4 +349,4 @@ def _empty(run: RunHandle, file: str) -> None:
             pd.DataFrame().to_parquet(local)
         else:
             pd.DataFrame().to_json(local, orient="split")
-        run.log_artifact(local, _folder_of(file))
+        run.log_artifact(local, folder_of(PurePosixPath(file)))
