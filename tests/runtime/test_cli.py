@@ -26,6 +26,8 @@ from mlflow import MlflowClient, environment_variables
 
 from runtime.config import MlflowConfig, commented_yaml
 from runtime.loading import read_credentials
+from runtime.offline.disk import disk_of
+from runtime.server import Server
 
 from .conftest import Project, has
 from .servers import free_port

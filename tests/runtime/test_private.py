@@ -6,18 +6,25 @@ import os
 import shutil
 import sqlite3
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import fsspec  # type: ignore[import-untyped]
 import mlflow
 import pytest
 from kedro.config import OmegaConfigLoader
 from kedro.framework.hooks import hook_impl, manager
-from kedro.io import CachedDataset, MemoryDataset
+from kedro.io import AbstractDataset, CachedDataset, MemoryDataset, Version
+from kedro_datasets.partitions import PartitionedDataset  # type: ignore[import-untyped]
+from kedro_datasets.text import TextDataset  # type: ignore[import-untyped]
 from mlflow import MlflowClient
+from mlflow.entities import ViewType
+from mlflow.entities.trace_location import TraceLocation
 from mlflow.store.model_registry import sqlalchemy_store as registry_store
 from mlflow.store.tracking import sqlalchemy_store as tracking_store
+from mlflow.tracing import client as tracing_client
 from mlflow.tracking import fluent
 from mlflow.tracking.request_header import registry
 from mlflow.tracking.request_header.abstract_request_header_provider import RequestHeaderProvider
@@ -205,15 +212,6 @@ def test_use_globals_of(tmp_path: Path) -> None:
     assert found == ["first", "second"]
 
 
-def test_cached_dataset() -> None:
-    dataset: Any = MemoryDataset()
-    cached = CachedDataset(dataset)
-    check(cached, "_dataset")
-
-    assert _kedro.cached_dataset(cached) is dataset
-    assert _kedro.cached_dataset(dataset) is None
-
-
 class Hooks:
     def __init__(self) -> None:
         self.loaded: list[str] = []
@@ -233,3 +231,138 @@ def test_hook_manager() -> None:
     assert hooks.loaded == ["penguins"]
     plugins = [type(plugin).__module__ for plugin in made.get_plugins()]
     assert "kedro_telemetry.plugin" not in plugins
+
+
+class Gathering(AbstractDataset[str, str]):
+    """A dataset that takes any arguments."""
+
+    def __init__(self, filepath: str, **options: Any) -> None:
+        self.place, self.options = filepath, options
+
+    def load(self) -> str:
+        return ""
+
+    def save(self, data: str) -> None:
+        pass
+
+    def _describe(self) -> dict[str, Any]:
+        return {}
+
+
+class Inheriting(Gathering):
+    """One that inherits its `__init__`, whose arguments Kedro keeps in another way."""
+
+    def load(self) -> str:
+        return "inherited"
+
+
+def test_uncached() -> None:
+    inside = MemoryDataset(1)
+    cached = CachedDataset(inside)
+    check(cached, "_dataset")
+    assert _kedro.uncached(cached) is inside
+    assert _kedro.uncached(inside) is inside
+    assert _kedro.uncached(None) is None
+
+
+@pytest.mark.parametrize("kind", [Gathering, Inheriting])
+def test_arguments_of(kind: type[Gathering]) -> None:
+    dataset = kind(filepath="a", encoding="utf-8")
+    check(dataset, "_init_args")
+    assert _kedro.arguments_of(dataset) == {"filepath": "a", "encoding": "utf-8"}
+
+
+def test_path_of(tmp_path: Path) -> None:
+    file, folder = TextDataset(filepath="/a/b.txt"), partitioned(tmp_path)
+    check(file, "_filepath")
+    check(folder, "_path")
+    assert _kedro.path_of(file) == "/a/b.txt"
+    assert _kedro.path_of(folder) == str(tmp_path)
+    assert _kedro.path_of(Inheriting(filepath="c.txt")) == "c.txt"
+    assert _kedro.path_of(MemoryDataset()) is None
+
+
+def test_file_system_of(tmp_path: Path) -> None:
+    file, folder = TextDataset(filepath="memory://a.txt"), partitioned(tmp_path)
+    check(file, "_fs")
+    check(folder, "_filesystem")
+    assert _kedro.file_system_of(file) is fsspec.filesystem("memory")
+    assert _kedro.file_system_of(folder) is fsspec.filesystem("file")
+    assert _kedro.file_system_of(MemoryDataset()) is None
+
+
+def test_version_of() -> None:
+    dataset = TextDataset(filepath="a.txt", version=Version("1", "2"))
+    check(dataset, "_version")
+    assert _kedro.version_of(dataset) == Version("1", "2")
+    assert _kedro.version_of(MemoryDataset()) is None
+
+
+def test_set_version() -> None:
+    dataset, without = TextDataset(filepath="a.txt", version=Version("1", "2")), MemoryDataset()
+    _kedro.set_version(dataset, Version("3", "4"))
+    _kedro.set_version(without, Version("3", "4"))
+    assert (dataset.resolve_load_version(), dataset.resolve_save_version()) == ("3", "4")
+    assert _kedro.version_of(without) is None
+
+
+def test_is_partitioned(tmp_path: Path) -> None:
+    check(PartitionedDataset, "_partition_to_path")
+    assert _kedro.is_partitioned(partitioned(tmp_path))
+    assert not _kedro.is_partitioned(MemoryDataset())
+
+
+def test_partition_of(tmp_path: Path) -> None:
+    dataset = partitioned(tmp_path)
+    check(dataset, "_partition_to_path", "_dataset_config")
+    assert _kedro.partition_of(dataset, "a/b") == ((tmp_path / "a" / "b.txt").as_posix(), None)
+    path, version = _kedro.partition_of(partitioned(tmp_path, versioned=True), "a")
+    assert path == (tmp_path / "a.txt").as_posix()
+    assert version
+
+
+def partitioned(folder: Path, **more: Any) -> Any:
+    kind = {"type": TextDataset, **more}
+    return PartitionedDataset(path=str(folder), dataset=kind, filename_suffix=".txt")
+
+
+def test_default_experiment_id(monkeypatch: pytest.MonkeyPatch) -> None:
+    check(fluent, "_get_experiment_id", "_active_experiment_id")
+    monkeypatch.setattr(fluent, "_active_experiment_id", "7")
+    assert _mlflow.default_experiment_id() == "7"
+
+
+def test_write_trace(store: MlflowClient, tmp_path: Path, empty_store: Path) -> None:
+    check(tracing_client.TracingClient, "start_trace", "log_spans")
+    experiment = store.create_experiment("penguins")
+    mlflow.set_experiment(experiment_id=experiment)
+    with mlflow.start_span("count") as span:
+        span.set_inputs({"x": 1})
+    (trace,) = store.search_traces(locations=[experiment], flush=True)
+    (tmp_path / "other").mkdir()
+    shutil.copy(empty_store, tmp_path / "other")
+    uri = f"sqlite:///{tmp_path.as_posix()}/other/mlflow.db"
+    other = MlflowClient(uri, uri)
+    there = other.create_experiment("penguins")
+    info = replace(trace.info, trace_location=TraceLocation.from_experiment_id(there))
+
+    for _ in range(2):
+        _mlflow.write_trace(uri, info, trace)
+
+    (written,) = other.search_traces(locations=[there])
+    assert written.info.trace_id == trace.info.trace_id
+    assert [span.name for span in written.data.spans] == ["count"]
+    assert written.data.spans[0].inputs == {"x": 1}
+
+
+def test_delete_for_good(store: MlflowClient) -> None:
+    check(tracking_store.SqlAlchemyStore, "_hard_delete_run", "_hard_delete_logged_model")
+    experiment = store.create_experiment("penguins")
+    runs = [store.create_run(experiment).info.run_id for _ in range(2)]
+    models = [store.create_logged_model(experiment, source_run_id=run).model_id for run in runs]
+
+    _mlflow.delete_for_good(store.tracking_uri, runs[:1], models[:1])
+
+    left = store.search_runs([experiment], run_view_type=ViewType.ALL)
+    assert [run.info.run_id for run in left] == runs[1:]
+    assert [model.model_id for model in store.search_logged_models([experiment])] == models[1:]

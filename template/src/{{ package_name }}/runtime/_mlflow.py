@@ -149,3 +149,14 @@ def delete_for_good(uri: str, run_ids: Iterable[str], model_ids: Iterable[str]) 
             store._hard_delete_run(run_id)
     finally:
         store.engine.dispose()
+
+
+def default_experiment_id() -> str:
+    """Return the experiment that `mlflow.start_run()` would use in this process.
+
+    MLflow 3.17 offers it only together with a run. `mlflow.search_runs` uses it too, but asks the
+    server that the whole process points at.
+    """
+    from mlflow.tracking import fluent
+
+    return str(fluent._get_experiment_id())

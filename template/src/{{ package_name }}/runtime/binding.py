@@ -386,10 +386,10 @@ def track(
     in_chunks = {name for node in generators for name in node.outputs}
     try:
         for name, dataset in datasets.items():
-            for candidate in (dataset, _kedro.cached_dataset(dataset)):
-                if isinstance(candidate, TrackedDataset):
-                    candidate.in_chunks = name in in_chunks
-                    candidate.bind(server, run, name)
+            tracked = _kedro.uncached(dataset)
+            if isinstance(tracked, TrackedDataset):
+                tracked.in_chunks = name in in_chunks
+                tracked.bind(server, run, name)
         logs_models = run is not None and _logs_models(pipeline, datasets)
         if logs_models and (lack := lack_of_models(server)):
             raise mistake(context, lack.key, str(lack))
@@ -412,9 +412,8 @@ def _logs_models(pipeline: Pipeline, datasets: Mapping[str, Any]) -> bool:
 
     if isinstance(pipeline, PipelineML) and not pipeline.missing:
         return True
-    saved = [datasets[name] for name in pipeline.all_outputs() if name in datasets]
-    inner = [_kedro.cached_dataset(dataset) for dataset in saved]
-    return any(isinstance(dataset, MlflowModelTrackingDataset) for dataset in [*saved, *inner])
+    saved = [_kedro.uncached(datasets[name]) for name in pipeline.all_outputs() & datasets.keys()]
+    return any(isinstance(dataset, MlflowModelTrackingDataset) for dataset in saved)
 
 
 def _parameters(

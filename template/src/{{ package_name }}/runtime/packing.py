@@ -30,7 +30,7 @@ from mlflow.pyfunc.model import PythonModelContext
 from mlflow.types import Schema
 from mlflow.utils.environment import _parse_pip_requirements
 
-from .datasets.files import uncached
+from ._kedro import uncached
 from .datasets.models import REFUSED_IN_NAME
 from .pipeline_ml import PipelineError
 from .pipeline_model import KedroPipelineModel

@@ -27,7 +27,8 @@ from kedro.runner.task import Task
 from mlflow.exceptions import MlflowException
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
-from .datasets.files import copy_files, load_copy, uncached
+from ._kedro import uncached
+from .datasets.files import copy_files, load_copy
 from .datasets.tracked import TrackedDataset
 from .pipeline_ml import PipelineError, PipelineML, check_inference, is_parameter
 

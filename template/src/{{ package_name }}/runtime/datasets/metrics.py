@@ -130,17 +130,16 @@ class _MetricDataset(TrackedDataset):
 
 def _check_name(key: str) -> None:
     """Refuse a name that MLflow refuses, before its point waits to be sent together with others."""
-    from mlflow.exceptions import MlflowException
-    from mlflow.utils.validation import MAX_ENTITY_KEY_LENGTH, _validate_metric
+    from mlflow.utils import validation
 
-    try:
-        _validate_metric(key, 0.0, 0, 0)
-    except MlflowException as error:
+    limit = validation.MAX_ENTITY_KEY_LENGTH
+    is_valid = len(key) <= limit and validation.validate_param_and_metric_name(key)
+    if not is_valid or validation.path_not_unique(key):
         raise DatasetError(
             f"MLflow refuses the metric name {_shown(key)}: a name has letters, digits, spaces and "
-            f"any of _ - . : /, at most {MAX_ENTITY_KEY_LENGTH} characters, and no part of it "
-            "between slashes is empty, '.' or '..'."
-        ) from error
+            f"any of _ - . : /, at most {limit} characters, and no part of it between slashes is "
+            "empty, '.' or '..'."
+        )
 
 
 class _OneMetricDataset(_MetricDataset):
