@@ -427,7 +427,7 @@ def _status(causes: Sequence[BaseException]) -> int:
         if isinstance(response, dict):  # of S3
             return int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
         if isinstance(cause, RestException) and "error_code" in cause.json:
-            return cause.get_http_status_code()
+            return int(cause.get_http_status_code())
         if isinstance(cause, (MlflowException, RequestException)) and (
             found := _STATUS.search(str(cause))
         ):
