@@ -134,7 +134,7 @@ def _table() -> Sequence[_Row]:
         _Row(SERVER, lambda f: f.status == 404 and not f.code, ADDRESS,
              f"{ANSWERED}: expected the address of an MLflow server of version 3 or newer, with "
              "the path that it is served under, if any"),
-        _Row(SERVER, lambda f: f.status == 200, ADDRESS,
+        _Row(SERVER, lambda f: "not in a valid JSON format" in f.text, ADDRESS,
              "{where} answered with a page and not as an MLflow server does: correct the address"),
         _Row(SERVER, lambda f: f.status and not f.code, ADDRESS,
              "{where} answered {status}: see the server's log"),
