@@ -6,13 +6,18 @@ import json
 import logging
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
+import mlflow.pyfunc
 import pytest
 
-from runtime.requirements import arguments_with, of_project
+from runtime.requirements import of_project, with_requirements
 
 KEDRO, MLFLOW = (f"{name}=={version(name)}" for name in ("kedro", "mlflow"))
 
@@ -41,6 +46,7 @@ def install(site: Path) -> Callable[..., None]:
             (about / "direct_url.json").write_text(json.dumps(origin))
         if origin.get("dir_info", {}).get("editable"):
             recorded = f"_{package}.pth"
+            (site / recorded).write_text(f"{url2pathname(urlsplit(origin['url']).path)}/src\n")
         else:
             (site / package).mkdir()
             (site / package / "__init__.py").touch()
@@ -170,7 +176,9 @@ def test_a_library_of_the_projects_own_travels_with_what_it_requires_in_turn(
     site: Path,
 ) -> None:
     editable = {"dir_info": {"editable": True}}
-    cages = library(tmp_path / "libs" / "cages", monkeypatch, "zoo_cages", "zoo_locks", "unused")
+    cages = library(
+        tmp_path / "libs" / "cages", monkeypatch, "zoo_cages", "zoo_keepers", "zoo_locks"
+    )
     food = library(tmp_path / "libs with space" / "food", monkeypatch, "food")
     install("zoo-cages", "food[fast]", "zoo-keys", url=cages, **editable)
     install(
@@ -181,7 +189,6 @@ def test_a_library_of_the_projects_own_travels_with_what_it_requires_in_turn(
     for name in ("krill", "gravel", "sand"):
         install(name)
     described('[project]\ndependencies = ["zoo-cages"]')
-    __import__("zoo_locks")  # as a node does, whatever the library calls its modules
 
     lines, code = of_project("shop")
 
@@ -189,10 +196,30 @@ def test_a_library_of_the_projects_own_travels_with_what_it_requires_in_turn(
     assert set(code) == {
         tmp_path / "libs with space/food/src/food",
         tmp_path / "libs/cages/src/zoo_cages",
+        tmp_path / "libs/cages/src/zoo_keepers",
         tmp_path / "libs/cages/src/zoo_locks",
         site / "zoo_keys",
     }
-    del sys.modules["zoo_locks"]
+
+
+def test_of_a_library_that_has_its_modules_beside_its_tests_those_that_are_imported_travel(
+    described: Callable[[str], None],
+    install: Callable[..., None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    site: Path,
+) -> None:
+    folder = tmp_path / "cages"
+    for module in ("cages", "locks_of_cages", "tests_of_cages"):
+        (folder / module).mkdir(parents=True)
+        (folder / module / "__init__.py").touch()
+    monkeypatch.syspath_prepend(folder)
+    install("cages", url=folder.as_uri(), dir_info={"editable": True})
+    (site / "_cages.pth").write_text(f"{folder}\n")
+    described('[project]\ndependencies = ["cages"]')
+    monkeypatch.setitem(sys.modules, "locks_of_cages", import_module("locks_of_cages"))
+
+    assert of_project("shop")[1] == [folder / "cages", folder / "locks_of_cages"]
 
 
 def test_a_library_whose_code_is_not_found_is_told(
@@ -214,6 +241,15 @@ def test_a_library_whose_code_is_not_found_is_told(
 
 # What is among the arguments of log_model.
 
+CLOUDPICKLE = f"cloudpickle=={version('cloudpickle')}"
+
+
+def listed(more: list[str], **arguments: Any) -> dict[str, Any]:
+    """Give the arguments of log_model for a pyfunc model of the project `shop`."""
+    found = with_requirements(mlflow.pyfunc, None, arguments, more, "shop")
+    assert not Path(found.pop("uv_project_path", "nowhere"), "uv.lock").exists()
+    return found
+
 
 @pytest.mark.parametrize(
     "given",
@@ -225,19 +261,19 @@ def test_a_library_whose_code_is_not_found_is_told(
     ],
 )
 def test_what_the_user_gives_stays(given: dict[str, Any]) -> None:
-    assert arguments_with(["feed"], {"name": "it", **given}) == {"name": "it", **given}
+    assert listed(["feed"], name="it", **given) == {"name": "it", **given}
 
 
 @pytest.mark.parametrize(
     ("more", "lines"),
     [
-        (None, ["feed"]),
-        (["krill==1", "-c limits.txt"], ["feed", "krill==1", "-c limits.txt"]),
-        ("more.txt", ["feed", "-r more.txt"]),
+        (None, ["feed", CLOUDPICKLE]),
+        (["krill==1", "-c limits.txt"], ["feed", CLOUDPICKLE, "krill==1", "-c limits.txt"]),
+        ("more.txt", ["feed", CLOUDPICKLE, "-r more.txt"]),
     ],
 )
 def test_extra_requirements_are_added(more: Any, lines: list[str]) -> None:
-    arguments = arguments_with(["feed"], {"extra_pip_requirements": more})
+    arguments = listed(["feed"], extra_pip_requirements=more)
 
     assert arguments == {"pip_requirements": lines, "extra_pip_requirements": None}
 
@@ -272,7 +308,7 @@ def test_the_package_indexes_of_the_project_are_listed_without_passwords(
 ) -> None:
     described(settings)
 
-    assert arguments_with([], {}, "shop")["pip_requirements"] == lines
+    assert listed([])["pip_requirements"] == [*lines, CLOUDPICKLE]
 
 
 def test_a_uv_toml_goes_before_the_settings_in_pyproject_toml(
@@ -281,4 +317,8 @@ def test_a_uv_toml_goes_before_the_settings_in_pyproject_toml(
     described(f'[tool.uv]\nindex-url = "{OWN}"')
     (tmp_path / "uv.toml").write_text(f'[[index]]\nurl = "{OTHER}"')
 
-    assert arguments_with([], {}, "shop")["pip_requirements"] == [f"--extra-index-url {OTHER}"]
+    assert listed([])["pip_requirements"] == [f"--extra-index-url {OTHER}", CLOUDPICKLE]
+
+
+def test_a_flavor_of_ones_own_that_does_not_say_is_left_to_mlflow() -> None:
+    assert with_requirements(ModuleType("flavor"), None, {"name": "it"}) == {"name": "it"}

@@ -15,24 +15,17 @@ from typing import TYPE_CHECKING, Any
 import cloudpickle  # type: ignore[import-untyped] # comes with MLflow
 import mlflow.pyfunc
 import numpy as np
-import pandas as pd  # type: ignore[import-untyped] # comes with MLflow
+import pandas as pd
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature, infer_signature
-from mlflow.pyfunc import PythonModelContext
+from mlflow.pyfunc.model import PythonModelContext
 from mlflow.types import Schema
 
 from .datasets.files import uncached
 from .datasets.models import REFUSED_IN_NAME
 from .pipeline_ml import PipelineError
-from .pipeline_model import KedroPipelineModel
-from .requirements import (
-    INSTALLED,
-    arguments_with,
-    of_flavor,
-    of_project,
-    sources,
-    without_lock,
-)
+from .pipeline_model import KedroPipelineModel, is_in_memory
+from .requirements import INSTALLED, of_project, sources, with_requirements
 
 if TYPE_CHECKING:
     from kedro.io import DataCatalog
@@ -80,7 +73,7 @@ def check(
                 "its name matches out of tracking.redact in mlflow.yml."
             )
     dataset = uncached(catalog.get(model.input_name))
-    in_memory = dataset is None or (dataset._EPHEMERAL and model.input_name not in given)
+    in_memory = dataset is None or (is_in_memory(dataset) and model.input_name not in given)
     for name in ("signature", "input_example"):
         if arguments.get(name) == "auto" and in_memory:
             raise PipelineError(
@@ -118,13 +111,6 @@ def log(
     """
     arguments = dict(arguments)
     alias = arguments.pop("registered_model_alias", None)
-    required, libraries = of_project(package)
-    required += of_flavor(mlflow.pyfunc, model, arguments) or []
-    arguments = {
-        **without_lock(mlflow.pyfunc.save_model),
-        **arguments_with(required, arguments, package),
-        "code_paths": _code(model, package, libraries, arguments.get("code_paths") or ()),
-    }
     data = None
     if "auto" in (arguments.get("signature"), arguments.get("input_example")):
         data = catalog.load(model.input_name)
@@ -138,6 +124,11 @@ def log(
             arguments["signature"] = False  # or MLflow infers one without the parameters
         if arguments.get("input_example") == "auto":
             arguments["input_example"] = _first_rows(data, 1)
+        # After the prediction, which may have imported more of the project's libraries.
+        required, libraries = of_project(package)
+        given = arguments.get("code_paths") or ()
+        arguments["code_paths"] = _code(model, package, libraries, given)
+        arguments = with_requirements(mlflow.pyfunc, model, arguments, required, package)
         # What `mlflow.pyfunc.log_model` does, with a description of our own.
         write = partial(_Description.log, None, mlflow.pyfunc, artifacts=artifacts, **arguments)
         info = run.log_model(
@@ -147,7 +138,7 @@ def log(
     return info
 
 
-class _Description(Model):  # type: ignore[misc]
+class _Description(Model):
     """MLflow's description of a model, without the paths of the machine that it was made on.
 
     MLflow writes there where the store keeps the model, and where its artifacts were before.

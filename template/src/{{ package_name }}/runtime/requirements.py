@@ -15,6 +15,7 @@ from contextlib import suppress
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from pkgutil import iter_modules
 from types import ModuleType
 from typing import Any
 from urllib.parse import urlsplit
@@ -43,35 +44,41 @@ INSTALLED = {"site-packages", "dist-packages"}
 _GIVEN = ("pip_requirements", "conda_env", "uv_project_path", "uv_groups", "uv_extras")
 
 
-def arguments_with(
-    required: Iterable[str], arguments: Mapping[str, Any], package: str = PROJECT
+def with_requirements(
+    flavor: ModuleType,
+    model: Any,
+    arguments: Mapping[str, Any],
+    more: Iterable[str] = (),
+    package: str = PROJECT,
 ) -> dict[str, Any]:
     """Return the arguments of `log_model` or `save_model` with requirements among them.
 
     Args:
-        required: What the model requires if `arguments` don't say it. MLflow adds itself.
-        arguments: The arguments so far. With `extra_pip_requirements` there is more in the list.
+        flavor: MLflow's module for the kind of model, or one's own, which may say nothing.
+        model: The model to log.
+        arguments: The arguments so far. What they say that the model requires is all that it does;
+            their `extra_pip_requirements` are added to what is listed otherwise.
+        more: What the model requires besides its flavor. MLflow adds itself.
         package: The package of the project, whose package indexes are listed too.
     """
-    if any(arguments.get(name) is not None for name in _GIVEN):
-        return dict(arguments)
-    more = arguments.get("extra_pip_requirements") or []
-    more = [f"-r {more}"] if isinstance(more, str) else more
-    lines = [*_indexes(package), *required, *more]
-    return {**arguments, "extra_pip_requirements": None, "pip_requirements": lines}
+    given = dict(arguments)
+    if not any(given.get(name) is not None for name in _GIVEN):
+        flavors = _of_flavor(flavor, model, given)
+        extra = given.get("extra_pip_requirements") or []
+        extra = [f"-r {extra}"] if isinstance(extra, str) else extra
+        if flavors is not None:
+            given["pip_requirements"] = [*_indexes(package), *more, *flavors, *extra]
+            given["extra_pip_requirements"] = None
+    # Else MLflow's pyfunc flavor copies the uv.lock of the working folder into the model, which
+    # `--env-manager=uv` then takes for its requirements. There is none beside this file.
+    known = flavor.__name__ == "mlflow.pyfunc" and inspect.signature(flavor.save_model).parameters
+    if known and "uv_project_path" in known:
+        given = {"uv_project_path": str(Path(__file__).parent), **given}
+    return given
 
 
-def without_lock(save_model: Any) -> dict[str, str]:
-    """Return the argument that has MLflow's pyfunc flavor copy no uv.lock into the model.
-
-    With a uv.lock in it, a model is served by `--env-manager=uv` in the environment of the project.
-    """
-    known = "uv_project_path" in inspect.signature(save_model).parameters  # since MLflow 3.11
-    return {"uv_project_path": str(Path(__file__).parent)} if known else {}
-
-
-def of_flavor(flavor: ModuleType, model: Any, arguments: Mapping[str, Any]) -> list[str] | None:
-    """Return what a flavor of MLflow requires for a model, None when it doesn't say."""
+def _of_flavor(flavor: ModuleType, model: Any, arguments: Mapping[str, Any]) -> list[str] | None:
+    """Return what a flavor requires for a model, None when it doesn't say."""
     ask = getattr(flavor, "get_default_pip_requirements", None)
     if ask is None:
         return None
@@ -159,22 +166,17 @@ def _indexes(package: str) -> list[str]:
     more = [url for at in places for url in at.get("extra-index-url", ())]
     for index in uv.get("index", ()):
         (main if index.get("default") else more).append(index["url"])
-    lines = [f"--index-url {_anonymous(url)}" for url in main[:1] if _is_remote(url)]
-    lines += [f"--extra-index-url {_anonymous(url)}" for url in more if _is_remote(url)]
+    options = [("--index-url", url) for url in main[:1]] + [("--extra-index-url", u) for u in more]
+    lines = [f"{option} {_anonymous(url)}" for option, url in options if url.startswith("http")]
     return list(dict.fromkeys(lines))
-
-
-def _is_remote(url: str) -> bool:
-    return urlsplit(url).scheme in ("http", "https")
 
 
 def _anonymous(url: str) -> str:
     """Return a URL without a password; ssh keeps the name before it, which is `git` mostly."""
     parts = urlsplit(url)
     user, at, host = parts.netloc.rpartition("@")
-    if _is_remote(url):
-        user, at = "", ""
-    return parts._replace(netloc=user.partition(":")[0] + at + host, query="").geturl()
+    user = "" if parts.scheme.startswith("http") else user.partition(":")[0] + at
+    return parts._replace(netloc=user + host, query="").geturl()
 
 
 def _applicable(lines: Iterable[str], extras: Iterable[str] = ()) -> list[Requirement]:
@@ -241,9 +243,14 @@ def _code_of(distribution: Any, folder: Path) -> list[Path]:
     }
     home = Path(distribution.locate_file("")).resolve()
     if _origin(distribution).get("dir_info", {}).get("editable"):
-        # It may list nothing but its folder.
+        # It may list nothing but a file with the path of its modules. In the folder of the
+        # library itself there are others beside them, such as its tests.
         home = folder
         modules |= {name.replace("-", "_"), *(m for m in list(sys.modules) if "." not in m)}
+        for file in distribution.files or ():
+            lines = file.locate().read_text().splitlines() if file.suffix == ".pth" else []
+            inner = [line for line in lines if folder in Path(line).resolve().parents]
+            modules |= {module.name for module in iter_modules(inner)}
     found = [path for module in sorted(modules) for path in sources(module)]
     return [
         path

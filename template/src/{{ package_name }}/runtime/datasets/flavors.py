@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from kedro.io import DatasetError
 
-from ..requirements import arguments_with, of_flavor, without_lock
+from ..requirements import with_requirements
 
 if TYPE_CHECKING:
     from mlflow.models.model import ModelInfo
@@ -75,7 +75,7 @@ class Flavor:
     def _write(self, function: str, model: Any, arguments: Mapping[str, Any]) -> Any:
         write = self._function(function)
         try:
-            arguments = self._with_requirements(model, arguments)
+            arguments = with_requirements(import_module(self.name), model, arguments)
             if self._is_pyfunc:
                 return write(**{str(self.workflow): model}, **arguments)
             return write(model, **arguments)
@@ -84,13 +84,6 @@ class Flavor:
             raise DatasetError(
                 f"{self.name} can't save a {type(model).__name__} as {str(name)!r}: {_told(error)}"
             ) from error
-
-    def _with_requirements(self, model: Any, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
-        flavor = import_module(self.name)
-        required = of_flavor(flavor, model, arguments)
-        if required is not None:
-            arguments = arguments_with(required, arguments)
-        return {**without_lock(flavor.save_model), **arguments}
 
     def _function(self, name: str) -> Any:
         try:
