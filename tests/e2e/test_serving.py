@@ -112,7 +112,7 @@ def predicts_alone(model: Path, elsewhere: Path, project: Path, shell: Shell) ->
     assert [file for file in files if str(project) in file.read_text("latin-1")] == []
     requirements = (elsewhere / "model/requirements.txt").read_text()
     assert re.findall(r"^[\w-]+", requirements, re.M) == [
-        *("kedro", "mlflow", "kedro-datasets", "scikit-learn", "cloudpickle")
+        *("cloudpickle", "kedro", "kedro-datasets", "mlflow", "scikit-learn")
     ]
     (elsewhere / "predict.py").write_text(
         PREDICT.replace("models:/penguins-service/latest", "model")
@@ -286,26 +286,28 @@ def requirements_of(project: Path) -> dict[str, list[str]]:
     return {name: (path / "requirements.txt").read_text().split("\n") for name, path in models}
 
 
-def fresh(model: Path, code: str, project: Path, shell: Shell) -> None:
-    """Run code on a model where there are its requirements, and its project isn't."""
-    elsewhere = project.with_name(f"fresh-{model.name}")
-    shutil.copytree(model, elsewhere / "model", ignore=shutil.ignore_patterns("__pycache__"))
-    (elsewhere / "predict.py").write_text(
-        "import mlflow, pandas as pd\n"
-        "answer = list(mlflow.pyfunc.load_model('model').predict(pd.DataFrame({'x': [2.0]})))\n"
-        f"assert {code}, answer\n"
-    )
-    shell("uv venv --quiet", elsewhere)
-    shell("uv pip install --quiet --python .venv --requirement model/requirements.txt", elsewhere)
-    away = project.rename(project.with_name("away"))
-    try:
+def fresh(expected: dict[str, str], project: Path, shell: Shell) -> None:
+    """Check what models predict where there are their requirements, and their project isn't."""
+    models, elsewhere = models_of(project), project.with_name("fresh")
+    for name in expected:
+        shutil.copytree(
+            models[name], elsewhere / name, ignore=shutil.ignore_patterns("__pycache__")
+        )
+    project.rename(project.with_name("gone"))
+    for name, check in expected.items():
+        (elsewhere / "predict.py").write_text(
+            "import mlflow, pandas as pd\n"
+            f"model = mlflow.pyfunc.load_model('{name}')\n"
+            "answer = list(model.predict(pd.DataFrame({'x': [2.0]})))\n"
+            f"assert {check}, answer\n"
+        )
+        shell("uv venv --quiet --clear", elsewhere)
+        shell(f"uv pip install --quiet --python .venv -r {name}/requirements.txt", elsewhere)
         shell(".venv/bin/python predict.py", elsewhere)
-    finally:
-        away.rename(project)
 
 
-def test_models_require_the_same_with_uv_with_pip_and_in_a_wheel(
-    shop: Path, tmp_path: Path, shell: Shell
+def test_a_pipeline_with_a_library_of_the_workspace_predicts_with_its_requirements_alone(
+    shop: Path, shell: Shell
 ) -> None:
     required = requirements_of(shop)
 
@@ -322,50 +324,53 @@ def test_models_require_the_same_with_uv_with_pip_and_in_a_wheel(
             *("scikit-learn", "xgboost-cpu", "lightgbm", "statsmodels"),
         },
     }
-    files = {path.name for model in models_of(shop).values() for path in model.iterdir()}
-    assert not files & {"uv.lock", "pyproject.toml"}
-    code = models_of(shop)["pipeline"] / "code"
-    assert {path.name for path in code.iterdir()} == {"shop", "weighing", "mass"}
     assert "--extra-index-url https://pypi.org/simple" in required["pipeline"]
+    models = models_of(shop)
+    files = {path.name for model in models.values() for path in model.iterdir()}
+    assert not files & {"uv.lock", "pyproject.toml"}
+    assert code_of(shop) == {"shop", "weighing", "mass"}
+    fresh({"pipeline": "answer == ['4,000.0 kg']"}, shop, shell)
 
-    shell("uv export --quiet --no-hashes --no-emit-workspace --output-file=limits.txt", shop)
-    shell("uv build --quiet --all-packages --wheel --out-dir=dist", shop)
-    lock = (shop / "uv.lock").rename(tmp_path / "uv.lock")
-    shell(".venv/bin/kedro run --pipelines=models", shop, PATH="/usr/bin:/bin")
-    assert requirements_of(shop) == required
 
-    # A wheel doesn't name the package indexes of its project.
+@pytest.mark.thorough
+def test_models_require_the_same_with_uv_with_pip_and_in_a_wheel(
+    shop: Path, tmp_path: Path, shell: Shell
+) -> None:
+    required = requirements_of(shop)
     away = tmp_path / "wheel"
     shutil.copytree(shop / "conf", away / "conf")
+    limits = f"--no-hashes --no-emit-workspace --output-file={away}/limits.txt"
+    shell(f"uv export --quiet {limits}", shop)
+    shell(f"uv build --quiet --all-packages --wheel --out-dir={away}", shop)
+
+    (shop / "uv.lock").unlink()
+    shell(".venv/bin/kedro run --pipelines=models", shop, PATH="/usr/bin:/bin")
+
+    assert requirements_of(shop) == required
+    code = code_of(shop)
+    shutil.rmtree(shop)
     shell("uv venv --quiet --seed", away)
-    install = ".venv/bin/python -m pip install --quiet --constraint"
-    shell(f"{install} {shop}/limits.txt {shop}/dist/*.whl", away)
-    lock.rename(shop / "uv.lock")
-    gone = shop.rename(tmp_path / "gone")
-    shell(".venv/bin/shop --conf-source=conf --pipelines=models", away)
-    gone.rename(shop)
+    shell(".venv/bin/python -m pip install --quiet --constraint limits.txt *.whl", away)
+    shell(".venv/bin/shop --conf-source=conf --pipelines=models", away, PATH="/usr/bin:/bin")
+    # A wheel doesn't name the package indexes of its project.
     assert requirements_of(away) == {
-        model: [line for line in lines if not line.startswith("--")]
+        model: [line for line in lines if not line.startswith("-")]
         for model, lines in required.items()
     }
-    assert names_of_code(away) == names_of_code(shop)
+    assert code_of(away) == code
+
+
+@pytest.mark.thorough
+def test_models_of_each_kind_predict_with_their_requirements_alone(
+    shop: Path, shell: Shell
+) -> None:
+    kinds = ["sklearn", "local", "xgboost", "lightgbm", "statsmodels"]
+    fresh(dict.fromkeys(kinds, "0 < answer[0] < 6"), shop, shell)
 
 
 def names_in(lines: list[str]) -> set[str]:
     return {line.partition("==")[0] for line in lines if not line.startswith("-")}
 
 
-def names_of_code(project: Path) -> set[str]:
+def code_of(project: Path) -> set[str]:
     return {path.name for path in (models_of(project)["pipeline"] / "code").iterdir()}
-
-
-def test_a_pipeline_with_a_library_of_the_workspace_predicts_with_its_requirements_alone(
-    shop: Path, shell: Shell
-) -> None:
-    fresh(models_of(shop)["pipeline"], "answer == ['4,000.0 kg']", shop, shell)
-
-
-@pytest.mark.thorough
-@pytest.mark.parametrize("kind", ["sklearn", "local", "xgboost", "lightgbm", "statsmodels"])
-def test_a_model_predicts_with_its_requirements_alone(shop: Path, shell: Shell, kind: str) -> None:
-    fresh(models_of(shop)[kind], "0 < answer[0] < 6", shop, shell)

@@ -1014,8 +1014,8 @@ def test_a_model_requires_what_its_project_declares(
     lines = (folder / "requirements.txt").read_text().splitlines()
     assert lines == [
         "--extra-index-url https://packages.example/simple",
-        *(f"{name}=={version(name)}" for name in ("kedro", "mlflow", "kedro-datasets")),
-        f"cloudpickle=={version('cloudpickle')}",
+        *(f"{name}=={version(name)}" for name in ("cloudpickle", "kedro", "kedro-datasets")),
+        f"mlflow=={version('mlflow')}",
         "emoji==1.0",
     ]
     conda = yaml.safe_load((folder / "conda.yaml").read_text())

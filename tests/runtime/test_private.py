@@ -14,7 +14,7 @@ from ..conftest import REPOSITORY
 
 
 def test_without_confirms() -> None:
-    node = Node(print, {"sep": "a"}, None, name="it", confirms="a")
+    node = Node(in_a_process, {"code": "a"}, None, name="it", confirms="a")
 
     assert hasattr(Node, "_copy"), "Kedro's Node has no _copy: how is one made without `confirms`?"
     assert _kedro.without_confirms(node).confirms == []

@@ -267,9 +267,9 @@ def test_what_the_user_gives_stays(given: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("more", "lines"),
     [
-        (None, ["feed", CLOUDPICKLE]),
-        (["krill==1", "-c limits.txt"], ["feed", CLOUDPICKLE, "krill==1", "-c limits.txt"]),
-        ("more.txt", ["feed", CLOUDPICKLE, "-r more.txt"]),
+        (None, [CLOUDPICKLE, "feed"]),
+        (["krill==1", "-c limits.txt"], [CLOUDPICKLE, "feed", "krill==1", "-c limits.txt"]),
+        ("more.txt", [CLOUDPICKLE, "feed", "-r more.txt"]),
     ],
 )
 def test_extra_requirements_are_added(more: Any, lines: list[str]) -> None:

@@ -167,16 +167,29 @@ def _infer(model: KedroPipelineModel, artifacts: dict[str, str], data: Any) -> M
             predicted = model.predict(None, deepcopy(rows))
         except Exception as error:  # whatever the nodes raise
             logger.warning("The model can't predict from the first rows of its input: %s", error)
-    return ModelSignature(
-        inputs=_tried(_input_schema, data, what=f"schema of its input {model.input_name!r}"),
-        outputs=_tried(_output_schema, predicted, what="schema of its output"),
-        params=infer_signature(params=_inferable(model.inference_params)).params,
-    )
+    known = model.inference_params
+    params = {name: value for name, value in known.items() if _is_inferable(name, value)}
+    inputs = _tried(lambda: _input_schema(data), f"schema of its input {model.input_name!r}")
+    outputs = None
+    if predicted is not None:
+        outputs = _tried(
+            lambda: infer_signature(model_output=predicted).outputs, "schema of its output"
+        )
+    return ModelSignature(inputs, outputs, infer_signature(params=params).params)
 
 
-def _tried(describe: Callable[..., Any], *data: Any, what: str) -> Any:
+def _is_inferable(name: str, value: Any) -> bool:
     try:
-        return describe(*data)
+        infer_signature(params={name: value})
+    except MlflowException as error:
+        logger.info("The parameter %r can't be changed by requests: %s", name, error.message)
+        return False
+    return True
+
+
+def _tried(describe: Callable[[], Any], what: str) -> Any:
+    try:
+        return describe()
     except (MlflowException, TypeError, ValueError) as error:
         logger.warning("The model gets no %s: %s", what, error)
         return None
@@ -193,10 +206,6 @@ def _input_schema(data: Any) -> Schema:
     return schema
 
 
-def _output_schema(predicted: Any) -> Schema | None:
-    return None if predicted is None else infer_signature(model_output=predicted).outputs
-
-
 def _first_rows(data: Any, rows: int) -> Any:
     """Give a few rows of what is in memory; None for other kinds of data."""
     package = type(data).__module__.partition(".")[0]
@@ -205,20 +214,6 @@ def _first_rows(data: Any, rows: int) -> Any:
     if isinstance(data, list) or (package == "numpy" and np.ndim(data)):
         return data[:rows]
     return data if isinstance(data, dict | str | int | float) else None
-
-
-def _inferable(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Pick the parameters of a type that a signature can have."""
-    return {name: value for name, value in params.items() if _is_inferable(name, value)}
-
-
-def _is_inferable(name: str, value: Any) -> bool:
-    try:
-        infer_signature(params={name: value})
-    except MlflowException as error:
-        logger.info("The parameter %r can't be changed by requests: %s", name, error.message)
-        return False
-    return True
 
 
 def _code(

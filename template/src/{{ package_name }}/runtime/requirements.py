@@ -67,7 +67,9 @@ def with_requirements(
         extra = given.get("extra_pip_requirements") or []
         extra = [f"-r {extra}"] if isinstance(extra, str) else extra
         if flavors is not None:
-            given["pip_requirements"] = [*_indexes(package), *more, *flavors, *extra]
+            # In order, because the tools that build wheels list what is declared in theirs.
+            listed = sorted({*more, *flavors}, key=lambda line: line.lower().split("=="))
+            given["pip_requirements"] = [*_indexes(package), *listed, *extra]
             given["extra_pip_requirements"] = None
     # Else MLflow's pyfunc flavor copies the uv.lock of the working folder into the model, which
     # `--env-manager=uv` then takes for its requirements. There is none beside this file.
@@ -135,7 +137,7 @@ def of_project(package: str) -> tuple[list[str], list[Path]]:
 
 def _declared(package: str) -> list[Requirement] | None:
     """Return the dependencies that a project declares, None where they can't be found."""
-    project = _settings(package)[0]
+    project = _settings(package)["project"]
     if "dependencies" in project:
         return _applicable(project["dependencies"])
     # A wheel, or a project that leaves its dependencies to the tool that builds it.
@@ -144,23 +146,25 @@ def _declared(package: str) -> list[Requirement] | None:
     return distribution and _applicable(distribution.requires or ())
 
 
-def _settings(package: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return `[project]` and the settings of uv of a Kedro project; empty when there are none."""
+def _settings(package: str) -> dict[str, Any]:
+    """Return `[project]` and the settings of uv of a Kedro project; empty without its folder."""
     spec = find_spec(package)
     for folder in Path(spec.origin if spec and spec.origin else "").parents:
-        file, uv = folder / "pyproject.toml", folder / "uv.toml"
-        if file.is_file():
-            described = tomllib.loads(file.read_text("utf-8"))
-            tools = described.get("tool", {})
-            if tools.get("kedro", {}).get("package_name") == package:
-                own = tomllib.loads(uv.read_text("utf-8")) if uv.is_file() else tools.get("uv", {})
-                return described.get("project", {}), own
-    return {}, {}
+        described = _toml(folder / "pyproject.toml")
+        if described.get("tool", {}).get("kedro", {}).get("package_name") == package:
+            # What is in uv.toml goes before, as it does for uv.
+            own = _toml(folder / "uv.toml") or described["tool"].get("uv", {})
+            return {"project": described.get("project", {}), "uv": own}
+    return {"project": {}, "uv": {}}
+
+
+def _toml(file: Path) -> dict[str, Any]:
+    return tomllib.loads(file.read_text("utf-8")) if file.is_file() else {}
 
 
 def _indexes(package: str) -> list[str]:
     """Return the options of pip for the package indexes of a project, without passwords."""
-    uv = _settings(package)[1]
+    uv = _settings(package)["uv"]
     places = [uv, uv.get("pip", {})]
     main = [at["index-url"] for at in places if "index-url" in at]
     more = [url for at in places for url in at.get("extra-index-url", ())]
