@@ -127,6 +127,16 @@ def test_a_distribution_of_another_name_is_required_by_its_own(
     assert of_project("shop")[0][2:] == [f"xgboost-cpu=={version('xgboost-cpu')}"]
 
 
+def test_a_package_of_conda_is_no_library_of_the_projects_own(
+    described: Callable[[str], None], install: Callable[..., None], site: Path
+) -> None:
+    install("feed", url="file:///home/conda/feedstock_root/feed", dir_info={})
+    (site / "feed-1.0.dist-info" / "INSTALLER").write_text("conda\n")
+    described('[project]\ndependencies = ["feed"]')
+
+    assert of_project("shop") == ([KEDRO, MLFLOW, "feed==1.0"], [])
+
+
 GIT = {"vcs": "git", "commit_id": "abc123"}
 
 

@@ -207,9 +207,10 @@ def _installed(name: str) -> Any:
 
 def _origin(distribution: Any) -> dict[str, Any]:
     """Return where a distribution was installed from, when that is no package index (PEP 610)."""
-    origin: dict[str, Any] = json.loads(
-        (distribution and distribution.read_text("direct_url.json")) or "{}"
-    )
+    # Packages of conda name the folder that conda-forge has built them in.
+    if distribution is None or (distribution.read_text("INSTALLER") or "").strip() == "conda":
+        return {}
+    origin: dict[str, Any] = json.loads(distribution.read_text("direct_url.json") or "{}")
     return origin
 
 
