@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import sqlite3
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
@@ -17,6 +19,8 @@ import pytest
 from kedro.config import OmegaConfigLoader
 from kedro.framework.hooks import hook_impl, manager
 from kedro.io import AbstractDataset, CachedDataset, MemoryDataset, Version
+from kedro.pipeline import Node
+from kedro.runner.task import Task
 from kedro_datasets.partitions import PartitionedDataset  # type: ignore[import-untyped]
 from kedro_datasets.text import TextDataset  # type: ignore[import-untyped]
 from mlflow import MlflowClient
@@ -36,6 +40,7 @@ from sqlalchemy import create_engine
 from runtime import _kedro, _mlflow
 from runtime.server import part_when_forked
 
+from ..conftest import REPOSITORY
 from .conftest import has
 
 
@@ -366,3 +371,35 @@ def test_delete_for_good(store: MlflowClient) -> None:
     left = store.search_runs([experiment], run_view_type=ViewType.ALL)
     assert [run.info.run_id for run in left] == runs[1:]
     assert [model.model_id for model in store.search_logged_models([experiment])] == models[1:]
+
+
+def test_without_confirms() -> None:
+    node = Node(in_a_process, {"code": "a"}, None, name="it", confirms="a")
+
+    assert hasattr(Node, "_copy"), "Kedro's Node has no _copy: how is one made without `confirms`?"
+    assert _kedro.without_confirms(node).confirms == []
+    assert str(_kedro.without_confirms(node)) == str(node)
+
+
+def test_keep_hooks_out() -> None:
+    name = "_run_node_synchronization"
+    assert hasattr(Task, name), f"Kedro's Task has no {name}: where do its workers get hooks?"
+    in_a_process(  # nothing takes it back
+        "from kedro.runner.task import Task\nfrom runtime._kedro import keep_hooks_out\n"
+        "keep_hooks_out()\n"
+        "assert not Task._run_node_synchronization('a', {}).hook.before_node_run(node=1)"
+    )
+
+
+def test_skip_type_hint_validation() -> None:
+    told = in_a_process("import runtime.pipeline_model")
+
+    assert "type hint" not in told, "MLflow's PythonModel has no _skip_type_hint_validation"
+
+
+def in_a_process(code: str) -> str:
+    """Run code in a process of its own; gives what it says, warnings included."""
+    words = [sys.executable, "-W", "always", "-c", code]
+    done = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stderr

@@ -15,6 +15,7 @@ from kedro.io import AbstractVersionedDataset, CachedDataset, Version
 
 if TYPE_CHECKING:
     from kedro.config import OmegaConfigLoader
+    from kedro.pipeline import Node
     from pluggy import PluginManager
 
 
@@ -61,9 +62,8 @@ def arguments_of(dataset: Any) -> dict[str, Any]:
     """
     given: dict[str, Any] = dict(getattr(dataset, "_init_args", {}))
     parameters = inspect.signature(type(dataset)).parameters
-    if (
-        "kwargs" in given and "kwargs" not in parameters
-    ):  # what Kedro has of an inherited `__init__`
+    # What Kedro has of an inherited `__init__`.
+    if "kwargs" in given and "kwargs" not in parameters:
         given = dict(given["kwargs"])
     for name, parameter in parameters.items():
         if parameter.kind is parameter.VAR_KEYWORD:
@@ -126,3 +126,24 @@ def partition_of(dataset: Any, name: str) -> tuple[str, str | None]:
     """
     version = dataset._dataset_config.get("version")
     return dataset._partition_to_path(name), version and version.save
+
+
+def without_confirms(node: Node) -> Node:
+    """Return a node that confirms no dataset.
+
+    A copy with other arguments can't be made in public: `Node.inputs` doesn't tell which argument
+    of the function an input is for. Seen in Kedro 1.7.
+    """
+    return node._copy(confirms=None)
+
+
+def keep_hooks_out() -> None:
+    """Have the tasks that this process runs for a ParallelRunner call no hooks.
+
+    Kedro's tasks register the project's hooks in every worker where the project is known; there is
+    no option for it. Seen in Kedro 1.7.
+    """
+    from kedro.framework.hooks.manager import _NullPluginManager
+    from kedro.runner.task import Task
+
+    Task._run_node_synchronization = _NullPluginManager  # type: ignore[method-assign]
