@@ -266,6 +266,26 @@ def test_an_experiment_that_was_deleted_is_restored_as_mlflow_yml_says(
     assert differences(to_replay.replayed(), to_replay.content) == []
 
 
+def test_a_project_that_was_moved_has_the_files_of_new_runs_with_it(
+    to_replay: Recorded, tmp_path: Path
+) -> None:
+    project = to_replay.copy(tmp_path)
+    before = {file.name for file in to_replay.project.path.rglob(".mlflow-offline/*/artifacts/*")}
+    to_replay.proxy.plan(Fault("refuse"))
+    ended = project.kedro("run")
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    to_replay.proxy.heal()
+
+    everything.sync(project)
+
+    runs = to_replay.replayed()["runs"]
+    assert [run["artifacts"].keys() for run in runs if run["name"] == "__default__"] == [
+        {"line.json", "notes/by_node.txt", "reports/report.csv"}
+    ] * 2
+    after = {file.name for file in to_replay.project.path.rglob(".mlflow-offline/*/artifacts/*")}
+    assert after == before
+
+
 def test_an_alias_that_a_newer_version_has_stays_there(to_replay: Recorded, tmp_path: Path) -> None:
     project = to_replay.copy(tmp_path)
     client = MlflowClient(f"http://127.0.0.1:{to_replay.port}")

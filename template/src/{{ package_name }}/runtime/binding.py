@@ -40,7 +40,7 @@ from .loading import (
     register_header_provider,
 )
 from .offline import OF_RUNS, replay_after_run
-from .offline.disk import Disk, disk_of, options_on
+from .offline.disk import Disk, disk_of, open_for_run
 from .pipeline_ml import PipelineML
 from .server import SettingError, lack_of_models
 
@@ -332,11 +332,10 @@ def track(
         logged, tags = _parameters(config, pipeline, catalog, secrets)
         store, options_of_run = server, config.tracking
         if disk := _disk(config, context):
-            disk.client()
             logger.info(
                 "The run is kept on disk until it has ended: `kedro mlflow ui --offline` shows it"
             )
-            store, options_of_run = disk.store, options_on(disk, config.tracking)
+            store, options_of_run = disk.store, open_for_run(disk, config.tracking)
             unset = {key: text for key, text in OF_RUNS.items() if key not in os.environ}
             variables = {**unset, **variables}
         try:

@@ -109,7 +109,9 @@ class MlflowArtifactDataset(TrackedDataset):
             self._log_draft()
         run = self._resolve_run()
         folder = _temporary_folder(run)
-        data = self._at(fetch(run, self._artifact, folder)).load()
+        with self._reading():
+            fetched = fetch(run, self._artifact, folder)
+        data = self._at(fetched).load()
         if _is_in_memory(data):
             shutil.rmtree(folder, ignore_errors=True)
         return data

@@ -172,7 +172,8 @@ class _OneMetricDataset(_MetricDataset):
 
     def _history(self) -> tuple[RunHandle, list[Metric]]:
         run, key = self._resolve_run(), self._required_key()
-        history = run.metric_history(key)
+        with self._reading():
+            history = run.metric_history(key)
         if not history:
             raise DatasetError(f"The run {run.run_id} has no metric '{key}'.")
         return run, history
@@ -337,7 +338,8 @@ class _ManyMetricsDataset(_MetricDataset):
         """Give what MLflow takes for the value of each metric: the last one at its highest step."""
         run = self._resolve_run()
         run.flush()
-        metrics = run.server.client.get_run(run.run_id).data.metrics
+        with self._reading():
+            metrics = run.server.client.get_run(run.run_id).data.metrics
         values = {key: value for key, value in metrics.items() if self._is_mine(key)}
         if not values:
             which = f"metrics '{self._key('…')}'" if self.prefix else "metrics"

@@ -93,7 +93,8 @@ class MlflowTableDataset(TrackedDataset):
 
         given = [attach(self._server, run_id) for run_id in self._run_ids]
         runs = [run for run in given if run] or [self._resolve_run()]
-        return pd.concat([self._of_run(run) for run in runs], ignore_index=True)
+        with self._reading():
+            return pd.concat([self._of_run(run) for run in runs], ignore_index=True)
 
     def save(self, data: Any) -> None:
         """Log a DataFrame, a dictionary of lists, or a dictionary that is one row."""
@@ -192,6 +193,10 @@ class MlflowRunsDataset(TrackedDataset):
 
     def load(self) -> pd.DataFrame:
         """Search the runs, and return a table of them."""
+        with self._reading():
+            return _frame(self._search(), self.columns)
+
+    def _search(self) -> list[Run]:
         server = self._server or Server.in_use()
         run = self._run if self._server else attach()
         experiments = self._experiment_ids(server.client, run)
@@ -202,7 +207,7 @@ class MlflowRunsDataset(TrackedDataset):
             conditions.append(f"attributes.run_id != '{run.run_id}'")
         runs: list[Run] = []
         token = None
-        while self.limit is None or len(runs) < self.limit:
+        while experiments and (self.limit is None or len(runs) < self.limit):
             # Not `mlflow.search_runs`, which asks the server that the process points at.
             page = server.client.search_runs(
                 experiments,
@@ -215,7 +220,7 @@ class MlflowRunsDataset(TrackedDataset):
             token = page.token
             if not token:
                 break
-        return _frame(runs, self.columns)
+        return runs
 
     def save(self, data: Any) -> None:  # noqa: ARG002
         """Refuse: runs are what other datasets log to.
@@ -230,8 +235,12 @@ class MlflowRunsDataset(TrackedDataset):
 
     def _experiment_ids(self, client: MlflowClient, run: RunHandle | None) -> list[str]:
         if not self.experiment_names:
-            if run:
+            if run and not self._other_server:
                 return [run.experiment_id]
+            if run:  # on disk, where its experiment has another id
+                name = run.server.client.get_experiment(run.experiment_id).name
+                known = client.get_experiment_by_name(name)
+                return [known.experiment_id] if known else []
             if self._server:
                 raise DatasetError(
                     "MlflowRunsDataset needs `experiment_names` in a pipeline that isn't tracked."

@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 # The folder of a project that has the stores.
 FOLDER = ".mlflow-offline"
 
-# The tag of an experiment on disk that says where its artifacts go on the server.
-ARTIFACT_LOCATION = "kedro_artifact_location"
+# Tags of an experiment on disk: where its artifacts go on the server, and its name there where it
+# has another one on disk.
+ARTIFACT_LOCATION, EXPERIMENT = "kedro_artifact_location", "kedro_experiment"
 
 # How long one process waits for another one that replays, in seconds.
 LOCK_TIMEOUT = 60.0
@@ -154,12 +155,19 @@ def disks(project_path: Path) -> list[Disk]:
     return [Disk(folder, Server("", "")) for folder in folders]
 
 
-def options_on(disk: Disk, options: TrackingOptions) -> TrackingOptions:
-    """Return the options of a run in the store on disk, whose experiment has its artifacts there.
+def open_for_run(disk: Disk, options: TrackingOptions) -> TrackingOptions:
+    """Open the store for a run, and return the run's options in it.
 
-    Where they go on the server is kept in a tag of the experiment.
+    Its experiment has the artifacts in the store's folder; where they go on the server is kept in
+    a tag. After the project was moved, MLflow would put them where the experiment was made: it
+    gets another name, and the run a new one.
     """
     experiment = options.experiment
+    client = disk.client()
+    known = client.get_experiment_by_name(experiment.name or "Default")
+    if known and known.artifact_location != disk.artifacts.as_uri():
+        client.set_experiment_tag(known.experiment_id, EXPERIMENT, known.name)
+        client.rename_experiment(known.experiment_id, f"{known.name} ({known.experiment_id})")
     made = experiment.create_experiment_kwargs
     tags = dict(made.tags or {})
     if made.artifact_location:

@@ -22,7 +22,7 @@ from ..config import CreateExperimentOptions, ExperimentOptions
 from ..failures import is_away, reason_of
 from ..loading import is_database
 from ..server import SettingError, experiment_id
-from .disk import ARTIFACT_LOCATION, Disk, DiskError, families, has_ended, pages
+from .disk import ARTIFACT_LOCATION, EXPERIMENT, Disk, DiskError, families, has_ended, pages
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -81,8 +81,10 @@ def replay(
         try:
             replaying.replay(family)
             remove(disk, family)
-        except (ReplayError, SettingError, DiskError) as error:
+        except (ReplayError, DiskError) as error:
             yield Outcome(family[0], problem=str(error))
+        except SettingError as error:
+            yield Outcome(family[0], problem=f"{'.'.join(error.key)}: {error}")
         except Exception as error:  # each kind of storage for artifacts has errors of its own
             if is_away(error):
                 raise
@@ -147,7 +149,7 @@ class _Replay:
             tags = dict(experiment.tags)
             location = tags.pop(ARTIFACT_LOCATION, None)
             options = ExperimentOptions(
-                name=experiment.name,
+                name=tags.pop(EXPERIMENT, experiment.name),
                 create_experiment_kwargs=CreateExperimentOptions(
                     artifact_location=location, tags=tags
                 ),
