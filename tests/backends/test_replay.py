@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from mlflow import MlflowClient
+from mlflow.entities import ViewType
 
 from ..runtime.conftest import Project
 from . import everything
@@ -49,13 +50,13 @@ def sampled(fault: Fault) -> Any:
     return pytest.param(fault, marks=marks, id=str(fault).replace(" from 0", ""))
 
 
-def left_on_disk(project: Project) -> list[Path]:
+def left_on_disk(project: Project) -> list[Any]:
     """List what is on the disk of runs: rows of the store, and files."""
     (folder,) = project.path.glob(".mlflow-offline/*/")
     client = MlflowClient(f"sqlite:///{(folder / 'mlflow.db').as_posix()}")
     experiments = [e.experiment_id for e in client.search_experiments()]
     rows = [
-        *client.search_runs(experiments, run_view_type=3),
+        *client.search_runs(experiments, run_view_type=ViewType.ALL),
         *client.search_logged_models(experiments),
         *client.search_registered_models(),
     ]
@@ -97,9 +98,8 @@ def test_a_replay_that_something_disturbs_is_completed_by_the_next_one(
     to_replay: Recorded, tmp_path: Path, request: pytest.FixtureRequest, fault: Fault
 ) -> None:
     count = len(to_replay.requests)
-    every = range(count)
-    if not request.config.getoption("--all"):
-        every = sorted({0, count - 1, *random.Random(str(fault)).sample(range(1, count - 1), 2)})
+    chosen = sorted({0, count - 1, *random.Random(str(fault)).sample(range(1, count - 1), 2)})
+    every = range(count) if request.config.getoption("--all") else chosen
     wrong: dict[int, Any] = {}
     for index in every:
         to_replay.proxy.heal()
@@ -190,7 +190,7 @@ def the_run(recorded: Recorded) -> tuple[MlflowClient, str]:
     client = MlflowClient(f"http://127.0.0.1:{recorded.port}")
     experiment = client.get_experiment_by_name(recorded.project.package)
     assert experiment
-    runs = client.search_runs([experiment.experiment_id], run_view_type=3)
+    runs = client.search_runs([experiment.experiment_id], run_view_type=ViewType.ALL)
     (found,) = [run.info.run_id for run in runs if run.info.run_name == "__default__"]
     return client, found
 

@@ -10,6 +10,7 @@ from urllib.parse import quote
 import mlflow
 import pytest
 from mlflow import MlflowClient
+from mlflow.entities import ViewType
 
 from runtime.offline import disk as disks
 from runtime.offline.disk import Disk, DiskError, disk_of, families
@@ -200,9 +201,9 @@ def test_what_is_removed_leaves_nothing_and_others_alone(
     first, _ = waiting(client)
     remove(disk, first)
 
-    assert [run.info.run_id for run in client.search_runs([experiment], run_view_type=3)] == [
-        runs[1]
-    ]
+    assert [
+        run.info.run_id for run in client.search_runs([experiment], run_view_type=ViewType.ALL)
+    ] == [runs[1]]
     assert list(client.search_logged_models([experiment])) == []
     assert list(client.search_registered_models()) == []
     assert [f.parent.parent.name for f in disk.artifacts.rglob("a.txt")] == [runs[1]]
