@@ -21,7 +21,7 @@ from pydantic import BaseModel
 
 import runtime
 from runtime.cli import mlflow as commands
-from runtime.config import MlflowConfig
+from runtime.config.keys import MlflowConfig
 
 DOCS = Path(__file__).parent
 REPOSITORY = DOCS.parent

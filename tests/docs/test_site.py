@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 import runtime
 from runtime.cli import mlflow as commands
-from runtime.config import MlflowConfig
+from runtime.config.keys import MlflowConfig
 
 from ..conftest import REPOSITORY
 

@@ -24,10 +24,10 @@ from kedro.framework.session import KedroSession
 from kedro.framework.startup import bootstrap_project
 from mlflow import MlflowClient, environment_variables
 
-from runtime.config import MlflowConfig, commented_yaml
-from runtime.loading import read_credentials
+from runtime.config.keys import MlflowConfig, commented_yaml
+from runtime.config.loading import read_credentials
 from runtime.offline.disk import disk_of
-from runtime.server import Server
+from runtime.stores.server import Server
 
 from .conftest import Project, has
 from .servers import free_port

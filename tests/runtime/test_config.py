@@ -17,9 +17,9 @@ from mlflow.tracking.request_header.registry import (
     _request_header_provider_registry as header_providers,
 )
 
-from runtime import credentials
-from runtime.loading import anchor_uri
-from runtime.resolvers import random_name
+from runtime.config.loading import anchor_uri
+from runtime.config.resolvers import random_name
+from runtime.stores import credentials
 
 from .conftest import Project, has
 from .servers import CountingProxy

@@ -38,7 +38,7 @@ from mlflow.tracking.request_header.registry import (
 from omegaconf import OmegaConf
 from pydantic import BaseModel
 
-from runtime.config import MlflowConfig
+from runtime.config.keys import MlflowConfig
 
 from .conftest import Project, has, let_pipelines_overlap
 from .servers import CountingProxy
@@ -298,7 +298,7 @@ def scene(
         )
         yield scene
     # What is registered in MLflow is taken back; the project must not remember it.
-    credentials = sys.modules.get(f"{shared.package}.runtime.credentials")
+    credentials = sys.modules.get(f"{shared.package}.runtime.stores.credentials")
     if credentials:
         credentials._registered.clear()
 

@@ -15,7 +15,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from mlflow.entities import Run, ViewType
 
-from runtime.config import commented_yaml
+from runtime.config.keys import commented_yaml
 
 from .conftest import Project
 from .test_config_keys import clean_mlflow, one_project

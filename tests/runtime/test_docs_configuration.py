@@ -22,8 +22,8 @@ from mlflow.tracking.request_header.registry import (
 )
 from pydantic import BaseModel
 
-from runtime.config import MlflowConfig
-from runtime.loading import anchor_uri, read_credentials
+from runtime.config.keys import MlflowConfig
+from runtime.config.loading import anchor_uri, read_credentials
 
 from ..conftest import REPOSITORY
 from .conftest import Project, needs_kedro

@@ -185,7 +185,9 @@ def test_the_settings_of_the_guide_name_the_workspace_of_databricks(
     with KedroSession.create(project.path, env="databricks") as session:
         context = session.load_context()  # type: ignore[attr-defined]
         config = context.mlflow
-        variables = sys.modules[f"{project.package}.runtime.loading"].read_credentials(context)
+        variables = sys.modules[f"{project.package}.runtime.config.loading"].read_credentials(
+            context
+        )
 
     connection = config.server.connection
     assert (connection.tracking_uri, connection.registry_uri) == ("databricks", "databricks-uc")

@@ -19,8 +19,8 @@ import yaml
 from mlflow import MlflowClient
 from mlflow.entities import ViewType
 
-from runtime import endings
-from runtime.tracking import MARKERS
+from runtime.tracking import endings
+from runtime.tracking.run import MARKERS
 
 from .commands import Command, Ended, mlflow_command
 from .conftest import Project

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from mlflow.entities import Run
 
-from runtime import endings
-from runtime.tracking import MARKERS
+from runtime.tracking import endings
+from runtime.tracking.run import MARKERS
 
 from .conftest import Project, heed_signals
 

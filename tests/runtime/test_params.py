@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mlflow.utils.validation import _validate_param
 
-from runtime import params
-from runtime.config import MlflowConfig
+from runtime.config.keys import MlflowConfig
+from runtime.tracking import params
 
 SECRETS = params.Secrets(tuple(MlflowConfig().tracking.redact))
 

@@ -16,7 +16,7 @@ from kedro.runner import AbstractRunner, ParallelRunner, SequentialRunner, Threa
 from mlflow.entities import Run
 
 from runtime import pipeline_ml_factory
-from runtime.pipeline_ml import PipelineError, PipelineML
+from runtime.serving.pipeline_ml import PipelineError, PipelineML
 
 from .conftest import Project
 

@@ -40,7 +40,7 @@ from mlflow.models import infer_signature
 from mlflow.pyfunc.model import PythonModelContext
 
 from runtime import KedroPipelineModel, pipeline_ml_factory
-from runtime.pipeline_ml import PipelineError
+from runtime.serving.pipeline_ml import PipelineError
 
 from .conftest import Project, copy_of, for_kedro
 from .s3 import S3

@@ -38,7 +38,7 @@ from mlflow.utils.autologging_utils import get_autologging_config, metrics_queue
 from sqlalchemy import create_engine
 
 from runtime import _kedro, _mlflow
-from runtime.server import part_when_forked
+from runtime.stores.server import part_when_forked
 
 from ..conftest import REPOSITORY
 from .conftest import has
@@ -392,7 +392,7 @@ def test_keep_hooks_out() -> None:
 
 
 def test_skip_type_hint_validation() -> None:
-    told = in_a_process("import runtime.pipeline_model")
+    told = in_a_process("import runtime.serving.pipeline_model")
 
     assert "type hint" not in told, "MLflow's PythonModel has no _skip_type_hint_validation"
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from kedro.framework.cli.project import run as kedro_run
 from kedro.runner import ParallelRunner, SequentialRunner
 
-from runtime import provenance
+from runtime.tracking import provenance
 
 from .conftest import has, needs_kedro
 

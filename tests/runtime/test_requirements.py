@@ -17,7 +17,7 @@ from urllib.request import url2pathname
 import mlflow.pyfunc
 import pytest
 
-from runtime.requirements import of_project, with_requirements
+from runtime.datasets.requirements import of_project, with_requirements
 
 KEDRO, MLFLOW = (f"{name}=={version(name)}" for name in ("kedro", "mlflow"))
 

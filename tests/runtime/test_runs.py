@@ -13,8 +13,8 @@ import pytest
 from click import ClickException
 from kedro.io import DatasetError
 
-from runtime.server import Server
-from runtime.tracking import RunHandle
+from runtime.stores.server import Server
+from runtime.tracking.run import RunHandle
 
 from .conftest import Project, for_kedro, has
 from .servers import CountingProxy

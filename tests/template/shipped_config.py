@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from runtime.config import commented_yaml, json_schema
+from runtime.config.keys import commented_yaml, json_schema
 
 BASE = Path(__file__).parents[2] / "template" / "conf" / "base"
 

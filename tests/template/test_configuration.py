@@ -15,7 +15,7 @@ import pytest
 import yaml
 from kedro.config import OmegaConfigLoader
 
-from runtime.config import MlflowConfig
+from runtime.config.keys import MlflowConfig
 
 from ..conftest import Generate
 from . import shipped_config
@@ -235,7 +235,10 @@ def test_settings_register_the_pattern_of_mlflow_yml(settings: dict[str, Any]) -
 
 def test_settings_register_the_resolvers(settings: dict[str, Any]) -> None:
     assert settings["resolvers"].keys() == {"oc.env", "km.random_name"}
-    assert settings["resolvers"]["km.random_name"] == "penguin_study.runtime.resolvers.random_name"
+    assert (
+        settings["resolvers"]["km.random_name"]
+        == "penguin_study.runtime.config.resolvers.random_name"
+    )
 
 
 def test_reading_the_settings_does_not_import_mlflow(settings: dict[str, Any]) -> None:

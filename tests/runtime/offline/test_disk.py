@@ -15,7 +15,7 @@ from mlflow.entities import ViewType
 from runtime.offline import disk as disks
 from runtime.offline.disk import Disk, DiskError, disk_of, families
 from runtime.offline.replay import files_of, files_of_family, remove, waiting
-from runtime.server import Server
+from runtime.stores.server import Server
 
 
 def server(uri: str) -> Server:

@@ -10,8 +10,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .config import MlflowConfig
-    from .config_loader import ConfigLoader
+    from .config.config_loader import ConfigLoader
+    from .config.keys import MlflowConfig
+    from .config.loading import ConfigError
+    from .config.resolvers import random_name
     from .datasets.artifacts import MlflowArtifactDataset
     from .datasets.metrics import (
         MlflowMetricDataset,
@@ -26,15 +28,13 @@ if TYPE_CHECKING:
     )
     from .datasets.tables import MlflowRunsDataset, MlflowTableDataset
     from .hooks import MlflowHook
-    from .loading import ConfigError
-    from .pipeline_ml import pipeline_ml_factory
-    from .pipeline_model import KedroPipelineModel
-    from .resolvers import random_name
+    from .serving.pipeline_ml import pipeline_ml_factory
+    from .serving.pipeline_model import KedroPipelineModel
 
 _MODULES = {
-    "ConfigError": "loading",
-    "ConfigLoader": "config_loader",
-    "MlflowConfig": "config",
+    "ConfigError": "config.loading",
+    "ConfigLoader": "config.config_loader",
+    "MlflowConfig": "config.keys",
     "MlflowHook": "hooks",
     "MlflowArtifactDataset": "datasets.artifacts",
     "MlflowMetricDataset": "datasets.metrics",
@@ -46,9 +46,9 @@ _MODULES = {
     "MlflowModelTrackingDataset": "datasets.models",
     "MlflowRunsDataset": "datasets.tables",
     "MlflowTableDataset": "datasets.tables",
-    "KedroPipelineModel": "pipeline_model",
-    "pipeline_ml_factory": "pipeline_ml",
-    "random_name": "resolvers",
+    "KedroPipelineModel": "serving.pipeline_model",
+    "pipeline_ml_factory": "serving.pipeline_ml",
+    "random_name": "config.resolvers",
 }
 
 __all__ = [

@@ -17,20 +17,9 @@ from uuid import uuid4
 import click
 from kedro.framework import project
 
-from . import (
-    _kedro,
-    autologging,
-    credentials,
-    endings,
-    failures,
-    outputs,
-    params,
-    provenance,
-    tracking,
-)
-from .config import MlflowConfig, RequestHeaderProviderOptions
-from .datasets.tracked import TrackedDataset
-from .loading import (
+from . import _kedro
+from .config.keys import MlflowConfig, RequestHeaderProviderOptions
+from .config.loading import (
     ConfigError,
     all_credentials,
     configured_package,
@@ -39,10 +28,16 @@ from .loading import (
     read_credentials,
     register_header_provider,
 )
+from .datasets import outputs
+from .datasets.tracked import TrackedDataset
 from .offline import OF_RUNS, replay_after_run
 from .offline.disk import Disk, disk_of, open_for_run
-from .pipeline_ml import PipelineML
-from .server import SettingError, lack_of_models
+from .serving.pipeline_ml import PipelineML
+from .stores import credentials
+from .stores import errors as failures
+from .stores.server import SettingError, lack_of_models
+from .tracking import autologging, endings, params, provenance
+from .tracking import run as tracking
 
 if TYPE_CHECKING:
     from kedro.framework.context import KedroContext
@@ -50,7 +45,7 @@ if TYPE_CHECKING:
     from kedro.pipeline import Pipeline
     from mlflow.models.model import ModelInfo
 
-    from .pipeline_model import KedroPipelineModel
+    from .serving.pipeline_model import KedroPipelineModel
 
 logger = logging.getLogger(__name__)
 
@@ -172,7 +167,7 @@ def _check_model(pipeline: PipelineML, catalog: DataCatalog, secrets: params.Sec
         names = ", ".join(sorted(pipeline.missing))
         logger.warning("No model will be logged: %s isn't in the part that runs", names)
         return
-    from .packing import check
+    from .serving.packing import check
 
     model = _model_of(pipeline, catalog)
     check(model, catalog, secrets, pipeline.log_model_kwargs, given=pipeline.inputs())
@@ -182,14 +177,14 @@ def log_model(catalog: DataCatalog, pipeline: Pipeline) -> None:
     """Log the inference pipeline of a training that has run, when it has one."""
     binding = _binding_of(catalog)
     if isinstance(pipeline, PipelineML) and binding and binding.run and not pipeline.missing:
-        from .packing import log
+        from .serving.packing import log
 
         model, arguments = _model_of(pipeline, catalog), pipeline.log_model_kwargs
         log(binding.run, model, catalog, binding.package_name, arguments)
 
 
 def _model_of(pipeline: PipelineML, catalog: DataCatalog) -> KedroPipelineModel:
-    from .pipeline_model import KedroPipelineModel
+    from .serving.pipeline_model import KedroPipelineModel
 
     return KedroPipelineModel(
         pipeline.inference, catalog, pipeline.input_name, **pipeline.kpm_kwargs
@@ -217,8 +212,8 @@ def modelify(
         options: What the command that repeats this has besides pipeline, environment and
             parameters.
     """
-    from . import packing
-    from .pipeline_model import KedroPipelineModel
+    from .serving import packing
+    from .serving.pipeline_model import KedroPipelineModel
 
     catalog: DataCatalog = context.catalog  # type: ignore[assignment]
     model = KedroPipelineModel(pipeline, catalog, input_name, copy_mode=copy_mode)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from kedro.pipeline import Pipeline
     from kedro.pipeline.node import Node
 
-    from .config import MlflowConfig
+    from .config.keys import MlflowConfig
 
 # The context whose pipeline this thread is about to run. Kedro gives `before_pipeline_run` no
 # context, and a service session shares this hook between threads.
@@ -43,7 +43,7 @@ class MlflowHook:
         _offer_config(context)
         _context.set(context)
         if "IPython" in sys.modules and sys.modules["IPython"].get_ipython():
-            from .server import announce
+            from .stores.server import announce
 
             config: MlflowConfig = context.mlflow  # type: ignore[attr-defined]
             announce(config.server.connection, config.tracking.experiment)
@@ -159,7 +159,7 @@ def _refuse_kedro_mlflow() -> None:
         if plugin.dist and plugin.dist.name not in project.settings.DISABLE_HOOKS_FOR_PLUGINS
     ]
     if any(module.partition(".")[0] == "kedro_mlflow" for module in modules):
-        from .loading import ConfigError
+        from .config.loading import ConfigError
 
         raise ConfigError(
             "kedro-mlflow is installed, and would track every run a second time: uninstall it, or "
@@ -176,7 +176,7 @@ def _offer_config(context: KedroContext) -> None:
 
 
 def _load_config(context: KedroContext) -> MlflowConfig:
-    from .loading import load_config
+    from .config.loading import load_config
 
     return load_config(context)
 
@@ -189,6 +189,6 @@ def _end_what_a_cell_leaves(shell: Any) -> None:
 
 def _after_cell(result: Any) -> None:  # noqa: ARG001
     if "mlflow" in sys.modules:
-        from .tracking import end_abandoned
+        from .tracking.run import end_abandoned
 
         end_abandoned()

@@ -15,8 +15,8 @@ from kedro.io import AbstractDataset, AbstractVersionedDataset, DatasetError
 from kedro.io.core import Version
 
 from .._kedro import is_partitioned, set_version, version_of
-from ..loading import shown_uri
-from ..tracking import RunHandle, attach
+from ..config.loading import shown_uri
+from ..tracking.run import RunHandle, attach
 from .files import copy_files, files, has_file, location, moved, partitions, state
 from .tracked import TrackedDataset
 

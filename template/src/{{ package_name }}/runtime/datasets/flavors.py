@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from kedro.io import DatasetError
 
-from ..requirements import with_requirements
+from .requirements import with_requirements
 
 if TYPE_CHECKING:
     from mlflow.models.model import ModelInfo

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from kedro.io import DatasetError
 
-from ..server import Server
-from ..tracking import Point, RunHandle
+from ..stores.server import Server
+from ..tracking.run import Point, RunHandle
 from .tracked import TrackedDataset
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from kedro.io import AbstractVersionedDataset, DatasetError, Version
 from kedro.io.core import get_protocol_and_path
 
-from ..server import Server
-from ..tracking import RunHandle, attach
+from ..stores.server import Server
+from ..tracking.run import RunHandle, attach
 from .flavors import Flavor, unpack
 from .tracked import TrackedDataset
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from kedro.io import DatasetError
 
 from .._mlflow import default_experiment_id
-from ..server import Server
-from ..tracking import RunHandle, attach
+from ..stores.server import Server
+from ..tracking.run import RunHandle, attach
 from .artifacts import fetch, folder_of, has_artifact
 from .tracked import TrackedDataset
 

@@ -9,10 +9,10 @@ from typing import Any
 
 from kedro.io import AbstractDataset, DatasetError
 
-from ..failures import is_away, reason_of
-from ..loading import shown_uri
-from ..server import Server
-from ..tracking import RunHandle, attach
+from ..config.loading import shown_uri
+from ..stores.errors import is_away, reason_of
+from ..stores.server import Server
+from ..tracking.run import RunHandle, attach
 
 
 class TrackedDataset(AbstractDataset[Any, Any]):

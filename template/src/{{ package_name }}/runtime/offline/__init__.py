@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 
-from .. import credentials
-from ..failures import is_away, reason_of
-from ..loading import shown_uri
+from ..config.loading import shown_uri
+from ..stores import credentials
+from ..stores.errors import is_away, reason_of
 from .disk import Disk
 from .replay import replay, waiting
 

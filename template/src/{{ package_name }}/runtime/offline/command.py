@@ -14,9 +14,10 @@ from rich.filesize import decimal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
-from .. import credentials, tracking
-from ..failures import is_away, reason_of
-from ..loading import read_credentials, register_header_provider, shown_uri
+from ..config.loading import read_credentials, register_header_provider, shown_uri
+from ..stores import credentials
+from ..stores.errors import is_away, reason_of
+from ..tracking import run as tracking
 from . import OF_REPLAYS
 from .disk import Disk, DiskError, disk_of, disks, families
 from .replay import Outcome, files_of_family, remove, replay, waiting
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
-    from ..config import MlflowConfig
-    from ..server import Server
+    from ..config.keys import MlflowConfig
+    from ..stores.server import Server
 
 
 def sync(context: KedroContext, *, dry_run: bool, discard: Sequence[str]) -> bool:

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
-from ..config import TrackingOptions
-from ..loading import ConfigError, shown_uri, sqlite_file
-from ..server import Server, prepare
+from ..config.keys import TrackingOptions
+from ..config.loading import ConfigError, shown_uri, sqlite_file
+from ..stores.server import Server, prepare
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

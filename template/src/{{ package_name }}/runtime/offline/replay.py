@@ -18,10 +18,10 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from .. import _mlflow
-from ..config import CreateExperimentOptions, ExperimentOptions
-from ..failures import is_away, reason_of
-from ..loading import is_database
-from ..server import SettingError, experiment_id
+from ..config.keys import CreateExperimentOptions, ExperimentOptions
+from ..config.loading import is_database
+from ..stores.errors import is_away, reason_of
+from ..stores.server import SettingError, experiment_id
 from .disk import ARTIFACT_LOCATION, EXPERIMENT, Disk, DiskError, families, has_ended, pages
 
 if TYPE_CHECKING:

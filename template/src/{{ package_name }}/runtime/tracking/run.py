@@ -23,16 +23,19 @@ from types import FrameType
 from typing import TYPE_CHECKING, NamedTuple
 from uuid import uuid4
 
-from . import _mlflow, autologging, credentials, endings, failures
-from .loading import ConfigError, anchor_uri, shown_uri, uri_of_environment
-from .server import Server, SettingError, experiment_id, find_run, open_server
+from .. import _mlflow
+from ..config.loading import ConfigError, anchor_uri, shown_uri, uri_of_environment
+from ..stores import credentials
+from ..stores import errors as failures
+from ..stores.server import Server, SettingError, experiment_id, find_run, open_server
+from . import autologging, endings
 
 if TYPE_CHECKING:
     from mlflow import ActiveRun
     from mlflow.entities import Metric, Run
     from mlflow.models.model import ModelInfo
 
-    from .config import TrackingOptions
+    from ..config.keys import TrackingOptions
 
 logger = logging.getLogger(__name__)
 
@@ -498,7 +501,7 @@ def _watch(run: RunHandle, markers: Path) -> None:
 
 def _caller() -> FrameType:
     """Give the call that runs the pipeline: the first one outside of this package and pluggy."""
-    inside = (f"{__name__.rpartition('.')[0]}.", "pluggy.")
+    inside = (f"{__name__.partition('.tracking.')[0]}.", "pluggy.")
     return next(
         frame
         for frame, _ in walk_stack(currentframe())

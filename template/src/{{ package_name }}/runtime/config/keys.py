@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Experiment
 
-    from .server import Server
+    from ..stores.server import Server
 
 
 def _as_text(value: Any) -> Any:
@@ -97,7 +97,7 @@ class ServerOptions(_Options):
     @property
     def connection(self) -> Server:
         """The two URIs, for the runtime."""
-        from .server import Server
+        from ..stores.server import Server
 
         return Server(self.mlflow_tracking_uri or "", self.mlflow_registry_uri or "")
 
@@ -143,7 +143,7 @@ class ExperimentOptions(_Options):
     @property
     def entity(self) -> Experiment:
         """MLflow's object for the experiment, which is made or restored when need be."""
-        from .server import experiment_of
+        from ..stores.server import experiment_of
 
         return experiment_of((self._server or ServerOptions()).connection, self)
 
@@ -259,8 +259,8 @@ class MlflowConfig(_Options):
         Args:
             context: The Kedro context whose `mlflow` this is.
         """
+        from ..stores.server import set_up
         from .loading import read_credentials, register_header_provider
-        from .server import set_up
 
         variables = read_credentials(context)
         register_header_provider(context)

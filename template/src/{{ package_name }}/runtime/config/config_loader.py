@@ -7,7 +7,7 @@ from typing import Any
 
 from kedro.config import OmegaConfigLoader
 
-from . import _kedro
+from .. import _kedro
 
 _lock = RLock()
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
-from . import _mlflow
+from .. import _mlflow
 
 if TYPE_CHECKING:
     from kedro.framework.context import KedroContext
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
         RequestHeaderProvider,
     )
 
-    from .config import RequestHeaderProviderOptions
+    from ..config.keys import RequestHeaderProviderOptions
 
 # What each variable was before the first run that exports it, and what each running run wants.
 # Runs in one process may overlap, and the last one to end puts everything back.

@@ -11,14 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .runs import (
-    Whole,
-    common_metrics,
-    differences,
-    duration_of,
-    pipeline_of,
-    telling_tags,
-)
+from .runs import Whole, common_metrics, differences, duration_of, pipeline_of, telling_tags
 
 if TYPE_CHECKING:
     from mlflow.entities import Run

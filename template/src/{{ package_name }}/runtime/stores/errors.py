@@ -18,8 +18,8 @@ from urllib.parse import urlsplit
 
 from kedro.io import DatasetError
 
+from ..config.loading import ConfigError, is_database, is_http, shown_uri, uri_of_environment
 from .credentials import registered_header_providers
-from .loading import ConfigError, is_database, is_http, shown_uri, uri_of_environment
 from .server import ADDRESS, SettingError
 
 if TYPE_CHECKING:

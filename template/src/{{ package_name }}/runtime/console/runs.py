@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from . import credentials, failures, params
-from .loading import (
+from ..config.loading import (
     ConfigError,
     all_credentials,
     is_database,
@@ -30,14 +29,17 @@ from .loading import (
     shown_uri,
     sqlite_file,
 )
-from .server import ADDRESS, Server, SettingError
+from ..stores import credentials
+from ..stores import errors as failures
+from ..stores.server import ADDRESS, Server, SettingError
+from ..tracking import params
 
 if TYPE_CHECKING:
     from alembic.script import ScriptDirectory
     from kedro.framework.context import KedroContext
     from mlflow.entities import Run
 
-    from .config import ExperimentOptions, MlflowConfig
+    from ..config.keys import ExperimentOptions, MlflowConfig
 
 # Somebody sits and waits: MLflow by itself asks a server that is away for four minutes.
 PATIENCE = {

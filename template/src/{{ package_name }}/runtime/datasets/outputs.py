@@ -10,17 +10,17 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from ._kedro import uncached
-from .datasets.artifacts import log_file
-from .datasets.files import has_file
-from .datasets.tracked import TrackedDataset
+from .._kedro import uncached
+from .artifacts import log_file
+from .files import has_file
+from .tracked import TrackedDataset
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from kedro.io import AbstractDataset
 
-    from .tracking import RunHandle
+    from ..tracking.run import RunHandle
 
 logger = logging.getLogger(__name__)
 

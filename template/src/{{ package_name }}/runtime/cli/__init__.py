@@ -39,8 +39,8 @@ def init(metadata: ProjectMetadata, env: str, force: bool) -> None:
     import yaml
     from kedro.framework.project import settings
 
-    from .config import commented_yaml
-    from .loading import written_values
+    from ..config.keys import commented_yaml
+    from ..config.loading import written_values
 
     conf = metadata.project_path / settings.CONF_SOURCE
     file = conf / env / "mlflow.yml"
@@ -92,9 +92,9 @@ def ui(
     """
     from kedro.framework.session import KedroSession
 
-    from .config import MlflowConfig
-    from .loading import is_database, read_credentials
-    from .offline.command import store_on_disk
+    from ..config.keys import MlflowConfig
+    from ..config.loading import is_database, read_credentials
+    from ..offline.command import store_on_disk
 
     with KedroSession.create(project_path=metadata.project_path, env=env) as session:
         context: Any = session.load_context()  # type: ignore[attr-defined]
@@ -180,7 +180,7 @@ def modelify(
     """Log a pipeline as a model that can be served, with the data that is there now."""
     from kedro.framework.session import KedroSession
 
-    from .binding import modelify
+    from ..binding import modelify
 
     metadata: ProjectMetadata = command.obj
     arguments = {
@@ -225,7 +225,7 @@ def _sync(
 
     It can be interrupted, and started again.
     """
-    from .offline.command import sync
+    from ..offline.command import sync
 
     with _opened(metadata, env) as context:
         is_whole = sync(context, dry_run=dry_run, discard=discard)
@@ -265,8 +265,8 @@ def runs(
     A RUN_ID is one of the list, or at least four characters that it begins with. The table has as
     many metrics as there is room for; a pipeline is named where the run's name is another.
     """
-    from .runs import described, differences, find, latest, reached, whole
-    from .showing import console, show_differences, show_latest, show_whole
+    from ..console.runs import described, differences, find, latest, reached, whole
+    from ..console.showing import console, show_differences, show_latest, show_whole
 
     if len(run_ids) > 2:  # click would end with status 2
         raise click.ClickException(f"RUN_ID: expected one or two ids, got {len(run_ids)}")
@@ -312,8 +312,8 @@ def doctor(metadata: ProjectMetadata, env: str | None, fix: bool, as_json: bool)
     would. The deleted run stays in MLflow's bin until `mlflow gc`. A store that isn't there yet
     isn't made.
     """
-    from .doctor import examine, show
-    from .showing import console
+    from ..console.doctor import examine, show
+    from ..console.showing import console
 
     with _stdout_for_output():
         findings = examine(metadata.project_path, env, fix=fix)

@@ -21,18 +21,18 @@ from mlflow.models import Model, ModelSignature, infer_signature
 from mlflow.pyfunc.model import PythonModelContext
 from mlflow.types import Schema
 
-from ._kedro import uncached
-from .datasets.models import REFUSED_IN_NAME
+from .._kedro import uncached
+from ..datasets.models import REFUSED_IN_NAME
+from ..datasets.requirements import INSTALLED, of_project, sources, with_requirements
 from .pipeline_ml import PipelineError
 from .pipeline_model import KedroPipelineModel, is_in_memory
-from .requirements import INSTALLED, of_project, sources, with_requirements
 
 if TYPE_CHECKING:
     from kedro.io import DataCatalog
     from mlflow.models.model import ModelInfo
 
-    from .params import Secrets
-    from .tracking import RunHandle
+    from ..tracking.params import Secrets
+    from ..tracking.run import RunHandle
 
 logger = logging.getLogger(__name__)
 

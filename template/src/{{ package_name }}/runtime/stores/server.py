@@ -18,8 +18,9 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from . import _mlflow, credentials
-from .loading import ANNOUNCED, is_database, is_http, shown_uri, sqlite_file
+from .. import _mlflow
+from ..config.loading import ANNOUNCED, is_database, is_http, shown_uri, sqlite_file
+from . import credentials
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from requests import Response
     from sqlalchemy.pool import Pool
 
-    from .config import ExperimentOptions
+    from ..config.keys import ExperimentOptions
 
 logger = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ import click
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from . import credentials
-from .config import MlflowConfig
+from ..stores import credentials
+from .keys import MlflowConfig
 
 if TYPE_CHECKING:
     from kedro.framework.context import KedroContext

@@ -21,8 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from . import credentials, endings, failures, tracking
-from .loading import (
+from ..config.loading import (
     ConfigError,
     is_database,
     is_http,
@@ -32,10 +31,14 @@ from .loading import (
     shown_uri,
     sqlite_file,
 )
-from .offline.disk import disks
-from .offline.replay import waiting
+from ..offline.disk import disks
+from ..offline.replay import waiting
+from ..stores import credentials
+from ..stores import errors as failures
+from ..stores.server import Server, SettingError, checked, experiment_id
+from ..tracking import endings
+from ..tracking import run as tracking
 from .runs import Schema, advice_on, local_path, schema_of, secrets_of
-from .server import Server, SettingError, checked, experiment_id
 from .showing import count, lasting
 
 if TYPE_CHECKING:
@@ -45,7 +48,7 @@ if TYPE_CHECKING:
     )
     from requests import Response
 
-    from .config import ExperimentOptions, MlflowConfig
+    from ..config.keys import ExperimentOptions, MlflowConfig
 
 # What holds for requests where the user has not said so. The first one of all, which shows
 # whether a server is there, waits less and is not repeated.

@@ -13,8 +13,8 @@ from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any
 
-from . import _mlflow
-from .server import SettingError
+from .. import _mlflow
+from ..stores.server import SettingError
 
 # As in `tracking.autolog` of mlflow.yml: what is on, or the options of each flavor.
 Flavors = Mapping[str, bool | Mapping[str, Any]]

@@ -1,0 +1,1 @@
+"""What shows a project's runs in the terminal, and what is wrong with its set-up."""

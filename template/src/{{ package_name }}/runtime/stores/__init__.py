@@ -1,0 +1,1 @@
+"""Where runs are kept: the server, embedded stores, credentials, and what a store refuses."""

@@ -1,0 +1,1 @@
+"""The run: opening it, logging to it, ending it."""
