@@ -17,8 +17,8 @@ from mlflow.tracking.request_header.registry import (
     _request_header_provider_registry as header_providers,
 )
 
-from runtime.config.loading import anchor_uri
 from runtime.config.resolvers import random_name
+from runtime.config.uris import anchor_uri
 from runtime.stores import credentials
 
 from .conftest import Project, has

@@ -298,9 +298,9 @@ def scene(
         )
         yield scene
     # What is registered in MLflow is taken back; the project must not remember it.
-    credentials = sys.modules.get(f"{shared.package}.runtime.stores.credentials")
-    if credentials:
-        credentials._registered.clear()
+    state = sys.modules.get(f"{shared.package}.runtime.state")
+    if state:
+        state.current().header_providers.clear()
 
 
 # How to look at an effect: run, and tell what is seen.

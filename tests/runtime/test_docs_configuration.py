@@ -23,7 +23,8 @@ from mlflow.tracking.request_header.registry import (
 from pydantic import BaseModel
 
 from runtime.config.keys import MlflowConfig
-from runtime.config.loading import anchor_uri, read_credentials
+from runtime.config.loading import read_credentials
+from runtime.config.uris import anchor_uri
 
 from ..conftest import REPOSITORY
 from .conftest import Project, needs_kedro

@@ -19,8 +19,8 @@ import yaml
 from mlflow import MlflowClient
 from mlflow.entities import ViewType
 
-from runtime.tracking import endings
-from runtime.tracking.run import MARKERS
+from runtime.tracking.ending import MARKERS
+from runtime.tracking.process import this_process
 
 from .commands import Command, Ended, mlflow_command
 from .conftest import Project
@@ -533,7 +533,7 @@ def test_runs_that_dead_processes_have_left_open_are_told_and_ended_when_asked_t
 def test_only_runs_whose_process_is_surely_gone_are_taken_for_left_open(
     project: Project, mlflow_command: Command
 ) -> None:
-    here = endings.this_process()
+    here = this_process()
     assert here.start_time
     gone = replace(here, start_time=here.start_time - 60)
     path = {"project_path": str(project.path)}

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from mlflow.entities import Run
 
-from runtime.tracking import endings
-from runtime.tracking.run import MARKERS
+from runtime.tracking.ending import MARKERS
+from runtime.tracking.process import Process, mark, this_process
 
 from .conftest import Project, heed_signals
 
@@ -284,22 +284,22 @@ def test_a_killed_worker_fails_the_run(project: Project) -> None:
 def test_only_runs_whose_process_is_surely_gone_are_ended(project: Project) -> None:
     project.pipeline(FAILING.replace("raise ERROR", "return egg"))
     experiment = project.client.create_experiment(project.package)
-    here = endings.this_process()
+    here = this_process()
     assert here.start_time
-    gone = endings.Process(here.host, here.pid, here.start_time - 60, here.namespace)
+    gone = Process(here.host, here.pid, here.start_time - 60, here.namespace)
     others = {
         "alive": here,
-        "another host": endings.Process("elsewhere", here.pid, here.start_time - 60),
-        "unknown start": endings.Process(here.host, here.pid, None, here.namespace),
+        "another host": Process("elsewhere", here.pid, here.start_time - 60),
+        "unknown start": Process(here.host, here.pid, None, here.namespace),
     }
     ids = {}
     for name, process in {"gone": gone, "already ended": gone, **others}.items():
         ids[name] = project.client.create_run(experiment, run_name=name).info.run_id
-        endings.mark(project.path / MARKERS, ids[name], project.tracking_uri)
+        mark(project.path / MARKERS, ids[name], project.tracking_uri)
         file = project.path / MARKERS / f"{ids[name]}.json"
         marker = json.loads(file.read_text())
         file.write_text(json.dumps({**marker, "process": vars(process)}))
-    endings.mark(project.path / MARKERS, "on-another-server", "http://localhost:1")
+    mark(project.path / MARKERS, "on-another-server", "http://localhost:1")
     (project.path / MARKERS / "broken.json").write_text("{")
     project.client.set_terminated(ids["already ended"], "FINISHED")
 

@@ -14,9 +14,10 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from sqlalchemy import create_engine, text
 
+from runtime.config.errors import SettingError
 from runtime.config.keys import ExperimentOptions
 from runtime.stores.errors import is_away, reason_of, translate_server_errors
-from runtime.stores.server import Server, SettingError, ask_first, experiment_id, find_run
+from runtime.stores.server import Server, ask_first, experiment_id, find_run
 
 from .s3 import S3
 from .servers import answering, free_port

@@ -38,7 +38,7 @@ from mlflow.utils.autologging_utils import get_autologging_config, metrics_queue
 from sqlalchemy import create_engine
 
 from runtime import _kedro, _mlflow
-from runtime.stores.server import part_when_forked
+from runtime.stores.embedded import part_when_forked
 
 from ..conftest import REPOSITORY
 from .conftest import has

@@ -14,7 +14,7 @@ from click import ClickException
 from kedro.io import DatasetError
 
 from runtime.stores.server import Server
-from runtime.tracking.run import RunHandle
+from runtime.tracking.handle import RunHandle
 
 from .conftest import Project, for_kedro, has
 from .servers import CountingProxy

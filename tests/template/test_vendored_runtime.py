@@ -58,7 +58,7 @@ def parsed(module: Path) -> ast.Module:
 
 
 def test_the_runtime_is_there() -> None:
-    assert {"__init__.py", "hooks.py", "config.py"} <= {module.name for module in MODULES}
+    assert {"__init__.py", "hooks.py", "binding.py"} <= {module.name for module in MODULES}
 
 
 def test_the_top_folder_links_to_the_runtime() -> None:

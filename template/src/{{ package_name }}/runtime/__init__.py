@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .config.config_loader import ConfigLoader
-    from .config.keys import MlflowConfig
-    from .config.loading import ConfigError
+    from .config.errors import ConfigError
     from .config.resolvers import random_name
     from .datasets.artifacts import MlflowArtifactDataset
     from .datasets.metrics import (
@@ -30,11 +29,12 @@ if TYPE_CHECKING:
     from .hooks import MlflowHook
     from .serving.pipeline_ml import pipeline_ml_factory
     from .serving.pipeline_model import KedroPipelineModel
+    from .stores.project import MlflowConfig
 
 _MODULES = {
-    "ConfigError": "config.loading",
+    "ConfigError": "config.errors",
     "ConfigLoader": "config.config_loader",
-    "MlflowConfig": "config.keys",
+    "MlflowConfig": "stores.project",
     "MlflowHook": "hooks",
     "MlflowArtifactDataset": "datasets.artifacts",
     "MlflowMetricDataset": "datasets.metrics",

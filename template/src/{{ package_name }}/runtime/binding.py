@@ -18,26 +18,28 @@ import click
 from kedro.framework import project
 
 from . import _kedro
-from .config.keys import MlflowConfig, RequestHeaderProviderOptions
+from .config.errors import ConfigError, SettingError
+from .config.keys import RequestHeaderProviderOptions
 from .config.loading import (
-    ConfigError,
     all_credentials,
     configured_package,
     mistake,
     package_name,
     read_credentials,
-    register_header_provider,
 )
 from .datasets import outputs
-from .datasets.tracked import TrackedDataset
+from .datasets.base import TrackedDataset
 from .offline import OF_RUNS, replay_after_run
 from .offline.disk import Disk, disk_of, open_for_run
 from .serving.pipeline_ml import PipelineML
 from .stores import credentials
 from .stores import errors as failures
-from .stores.server import SettingError, lack_of_models
-from .tracking import autologging, endings, params, provenance
-from .tracking import run as tracking
+from .stores.project import MlflowConfig, register_header_provider
+from .stores.server import lack_of_models
+from .tracking import autologging, params, process, provenance
+from .tracking.ending import finish
+from .tracking.handle import RunHandle
+from .tracking.opening import start
 
 if TYPE_CHECKING:
     from kedro.framework.context import KedroContext
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
     from kedro.pipeline import Pipeline
     from mlflow.models.model import ModelInfo
 
+    from .config.keys import TrackingOptions
     from .serving.pipeline_model import KedroPipelineModel
 
 logger = logging.getLogger(__name__)
@@ -58,7 +61,7 @@ ENTRY = "mlflow:run"
 class Binding:
     """What the catalog carries: the run, and what a worker has to know of where it comes from."""
 
-    run: tracking.RunHandle | None  # None where tracking is disabled
+    run: RunHandle | None  # None where tracking is disabled
     disk: Disk | None  # where the run is before it is replayed to the server
     package_name: str
     header_provider: RequestHeaderProviderOptions
@@ -88,10 +91,10 @@ def _arrive(*values: Any) -> Binding:
         credentials.register_header_provider(binding.header_provider, None)
     if os.getpid() != binding.main_process:
         autologging.switch_on_in_worker(binding.autolog)
-    if endings.is_child_of(binding.main_process):
+    if process.is_child_of(binding.main_process):
         # It belongs to this run. A forkserver has the environment of the time when it was started.
         credentials.export("worker", binding.variables)
-        endings.follow_parent(binding.main_process, binding.managers)
+        process.follow_parent(binding.main_process, binding.managers)
     return binding
 
 
@@ -103,7 +106,7 @@ def _binding_of(catalog: DataCatalog) -> Binding | None:
     return binding
 
 
-def run_of(catalog: DataCatalog) -> tracking.RunHandle | None:
+def run_of(catalog: DataCatalog) -> RunHandle | None:
     """Give the run that a catalog is bound to, or None when its pipeline isn't tracked."""
     binding = _binding_of(catalog)
     return binding.run if binding else None
@@ -241,7 +244,7 @@ def end(catalog: DataCatalog, status: str) -> None:
     """End the run of a catalog, and take its credentials back."""
     binding = _binding_of(catalog)
     if binding and binding.run and binding.run.is_ours:
-        binding.run.finish(status)
+        finish(binding.run, status)
         if binding.disk:
             replay_after_run(binding.disk, binding.run.run_id, binding.variables)
     credentials.take_back(_untracked(catalog))
@@ -325,7 +328,8 @@ def track(
         if isinstance(pipeline, PipelineML):
             _check_model(pipeline, catalog, secrets)
         logged, tags = _parameters(config, pipeline, catalog, secrets)
-        store, options_of_run = server, config.tracking
+        options_of_run: TrackingOptions = config.tracking
+        store = server
         if disk := _disk(config, context):
             logger.info(
                 "The run is kept on disk until it has ended: `kedro mlflow ui --offline` shows it"
@@ -334,7 +338,7 @@ def track(
             unset = {key: text for key, text in OF_RUNS.items() if key not in os.environ}
             variables = {**unset, **variables}
         try:
-            run = tracking.start(
+            run = start(
                 store,
                 options_of_run,
                 name=secrets.hide_in(config.tracking.run.name or "+".join(names)),
@@ -373,7 +377,7 @@ def track(
         config.tracking.autolog if run else {},
         credentials.exported(run.opening if run else _untracked(catalog)),
         os.getpid(),
-        tuple(endings.managers()),
+        tuple(process.managers()),
     )
 
     generators = [node for node in pipeline.nodes if isgeneratorfunction(node.func)]
@@ -435,7 +439,7 @@ def _parameters(
     try:
         return params.split_long(
             texts,
-            limit=options.max_length or tracking.parameter_limit(),
+            limit=options.max_length or params.parameter_limit(),
             strategy=options.long_params_strategy,
         )
     except ValueError as error:

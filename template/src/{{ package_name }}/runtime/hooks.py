@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from kedro.pipeline import Pipeline
     from kedro.pipeline.node import Node
 
-    from .config.keys import MlflowConfig
+    from .stores.project import MlflowConfig
 
 # The context whose pipeline this thread is about to run. Kedro gives `before_pipeline_run` no
 # context, and a service session shares this hook between threads.
@@ -43,10 +43,10 @@ class MlflowHook:
         _offer_config(context)
         _context.set(context)
         if "IPython" in sys.modules and sys.modules["IPython"].get_ipython():
-            from .stores.server import announce
+            from .stores.project import announce
 
             config: MlflowConfig = context.mlflow  # type: ignore[attr-defined]
-            announce(config.server.connection, config.tracking.experiment)
+            announce(config)
             _end_what_a_cell_leaves(sys.modules["IPython"].get_ipython())
 
     @hook_impl
@@ -159,7 +159,7 @@ def _refuse_kedro_mlflow() -> None:
         if plugin.dist and plugin.dist.name not in project.settings.DISABLE_HOOKS_FOR_PLUGINS
     ]
     if any(module.partition(".")[0] == "kedro_mlflow" for module in modules):
-        from .config.loading import ConfigError
+        from .config.errors import ConfigError
 
         raise ConfigError(
             "kedro-mlflow is installed, and would track every run a second time: uninstall it, or "
@@ -176,9 +176,9 @@ def _offer_config(context: KedroContext) -> None:
 
 
 def _load_config(context: KedroContext) -> MlflowConfig:
-    from .config.loading import load_config
+    from .stores.project import config_of
 
-    return load_config(context)
+    return config_of(context)
 
 
 def _end_what_a_cell_leaves(shell: Any) -> None:
@@ -189,6 +189,6 @@ def _end_what_a_cell_leaves(shell: Any) -> None:
 
 def _after_cell(result: Any) -> None:  # noqa: ARG001
     if "mlflow" in sys.modules:
-        from .tracking.run import end_abandoned
+        from .tracking.ending import end_abandoned
 
         end_abandoned()

@@ -92,9 +92,10 @@ def ui(
     """
     from kedro.framework.session import KedroSession
 
-    from ..config.keys import MlflowConfig
-    from ..config.loading import is_database, read_credentials
+    from ..config.loading import read_credentials
+    from ..config.uris import is_database
     from ..offline.command import store_on_disk
+    from ..stores.project import MlflowConfig
 
     with KedroSession.create(project_path=metadata.project_path, env=env) as session:
         context: Any = session.load_context()  # type: ignore[attr-defined]

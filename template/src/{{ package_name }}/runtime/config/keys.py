@@ -8,24 +8,10 @@ from __future__ import annotations
 import json
 import textwrap
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PrivateAttr,
-    model_validator,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
-
-if TYPE_CHECKING:
-    from kedro.framework.context import KedroContext
-    from mlflow import MlflowClient
-    from mlflow.entities import Experiment
-
-    from ..stores.server import Server
 
 
 def _as_text(value: Any) -> Any:
@@ -89,18 +75,6 @@ class ServerOptions(_Options):
     )
     request_header_provider: RequestHeaderProviderOptions = RequestHeaderProviderOptions()
 
-    @property
-    def client(self) -> MlflowClient:
-        """MLflow's client for these URIs, made on first use."""
-        return self.connection.client
-
-    @property
-    def connection(self) -> Server:
-        """The two URIs, for the runtime."""
-        from ..stores.server import Server
-
-        return Server(self.mlflow_tracking_uri or "", self.mlflow_registry_uri or "")
-
 
 class DisableTrackingOptions(_Options):
     """What is not tracked."""
@@ -134,18 +108,6 @@ class ExperimentOptions(_Options):
     restore_if_deleted: bool = Field(
         default=True, description="Bring the experiment back when it has been deleted."
     )
-    _server: ServerOptions | None = PrivateAttr(None)
-
-    def set_server(self, server: ServerOptions) -> None:
-        """Set the server that `entity` asks."""
-        self._server = server
-
-    @property
-    def entity(self) -> Experiment:
-        """MLflow's object for the experiment, which is made or restored when need be."""
-        from ..stores.server import experiment_of
-
-        return experiment_of((self._server or ServerOptions()).connection, self)
 
 
 class RunOptions(_Options):
@@ -244,27 +206,11 @@ class UiOptions(_Options):
 
 
 class MlflowConfig(_Options):
-    """The whole of `mlflow.yml`; a context offers it as `context.mlflow`."""
+    """The whole of `mlflow.yml`."""
 
     server: ServerOptions = ServerOptions()
     tracking: TrackingOptions = TrackingOptions()
     ui: UiOptions = UiOptions()
-
-    def setup(self, context: KedroContext) -> None:
-        """Point `mlflow.…` in this process at the project, as notebooks want it.
-
-        Sets the tracking and registry URI and the experiment, exports the credentials and
-        registers the header provider.
-
-        Args:
-            context: The Kedro context whose `mlflow` this is.
-        """
-        from ..stores.server import set_up
-        from .loading import read_credentials, register_header_provider
-
-        variables = read_credentials(context)
-        register_header_provider(context)
-        set_up(self.server.connection, self.tracking.experiment, variables)
 
 
 _ABOUT = (

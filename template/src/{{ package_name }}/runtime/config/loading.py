@@ -3,33 +3,30 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
-from importlib.metadata import entry_points, version
-from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-import click
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from ..stores import credentials
+from .errors import ConfigError
 from .keys import MlflowConfig
+from .uris import (
+    anchor_uri,
+    artifact_folder,
+    has_store,
+    shown_uri,
+    takes_file_store,
+    uri_of_environment,
+)
 
 if TYPE_CHECKING:
     from kedro.framework.context import KedroContext
-    from mlflow.tracking.request_header.abstract_request_header_provider import (
-        RequestHeaderProvider,
-    )
-
-# Names the tracking URI that a notebook's environment has from a project, not from its user.
-ANNOUNCED = "KEDRO_MLFLOW_ANNOUNCED_URI"
 
 _Model = TypeVar("_Model", bound=BaseModel)
-
-_SQLITE_FILE = re.compile(r"(?P<scheme>sqlite(\+\w+)?:///)(?P<path>(?!:memory:)[^?]+)")
 
 _EXPECTED = {
     "bool_type": "expected true or false",
@@ -39,10 +36,6 @@ _EXPECTED = {
     "dict_type": "expected keys with values",
     "model_type": "expected keys with values",
 }
-
-
-class ConfigError(click.ClickException):
-    """Mistakes in the configuration, one sentence a line; `kedro` ends with exit status 1."""
 
 
 def load_config(context: KedroContext) -> MlflowConfig:
@@ -57,53 +50,24 @@ def load_config(context: KedroContext) -> MlflowConfig:
     sources = _Sources(context)
     config = sources.check(sources.read())
     assert config, "a mistake would have been raised"
-    project = context.project_path
-
-    tracking_uri = anchor_uri(
-        config.server.mlflow_tracking_uri or uri_of_environment() or "sqlite:///mlflow.db",
-        project,
-    )
+    project, experiment = context.project_path, config.tracking.experiment
+    given = config.server.mlflow_tracking_uri or uri_of_environment() or "sqlite:///mlflow.db"
+    tracking_uri = anchor_uri(given, project)
     registry_uri = anchor_uri(config.server.mlflow_registry_uri or tracking_uri, project)
-    for key, uri, plugins in (
-        ("mlflow_tracking_uri", tracking_uri, "mlflow.tracking_store"),
-        ("mlflow_registry_uri", registry_uri, "mlflow.model_registry_store"),
-    ):
-        if not _has_store(uri, plugins):
-            raise ConfigError(
-                f"{sources.where(('server', key))}: server.{key}: expected a path, a database or "
-                f"an address with http:// or https://, got {shown_uri(uri)!r}"
-            )
-        if uri.startswith("file:") and not _takes_file_store():
-            raise ConfigError(
-                f"{sources.where(('server', key))}: server.{key}: MLflow no longer keeps runs in "
-                f"a folder, got {uri!r}. Write sqlite:///mlflow.db, or set the environment "
-                "variable MLFLOW_ALLOW_FILE_STORE=true."
-            )
-    experiment = config.tracking.experiment
-    location = experiment.create_experiment_kwargs.artifact_location or _artifact_folder(
-        tracking_uri
-    )
+    sources.check_uri("mlflow_tracking_uri", tracking_uri, "mlflow.tracking_store")
+    sources.check_uri("mlflow_registry_uri", registry_uri, "mlflow.model_registry_store")
     server = _changed(
         config.server, mlflow_tracking_uri=tracking_uri, mlflow_registry_uri=registry_uri
     )
+    made = experiment.create_experiment_kwargs
+    location = made.artifact_location or artifact_folder(tracking_uri)
+    made = _changed(made, artifact_location=location and anchor_uri(location, project))
     experiment = _changed(
-        experiment,
-        name=experiment.name or package_name(),
-        create_experiment_kwargs=_changed(
-            experiment.create_experiment_kwargs,
-            artifact_location=location and anchor_uri(location, project),
-        ),
+        experiment, name=experiment.name or package_name(), create_experiment_kwargs=made
     )
-    experiment.set_server(server)
     return _changed(
         config, server=server, tracking=_changed(config.tracking, experiment=experiment)
     )
-
-
-def uri_of_environment() -> str | None:
-    """Give the tracking URI that the user's environment names, not that which `announce` left."""
-    uri = os.environ.get("MLFLOW_TRACKING_URI")
-    return None if uri == os.environ.get(ANNOUNCED) else uri
 
 
 def read_credentials(context: KedroContext) -> dict[str, str]:
@@ -140,20 +104,6 @@ def all_credentials(context: KedroContext) -> dict[str, Any]:
 
 def _plain(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def register_header_provider(context: KedroContext) -> RequestHeaderProvider | None:
-    """Register the provider that `server.request_header_provider` describes, and return it.
-
-    Raises:
-        ConfigError: When it can't be imported or made.
-    """
-    options = context.mlflow.server.request_header_provider  # type: ignore[attr-defined]
-    try:
-        return credentials.register_header_provider(options, context)
-    except Exception as error:
-        what = f"type {options.type!r} can't be used: {error}"
-        raise mistake(context, ("server", "request_header_provider"), what) from error
 
 
 def mistake(context: KedroContext, key: tuple[str, ...], what: str) -> ConfigError:
@@ -232,6 +182,20 @@ class _Sources:
             if lines:
                 raise ConfigError("\n".join(lines)) from error
             return None
+
+    def check_uri(self, key: str, uri: str, plugins: str) -> None:
+        """Raise an error for a URI that MLflow, and a group of its plugins, have no store for."""
+        where = f"{self.where(('server', key))}: server.{key}"
+        if not has_store(uri, plugins):
+            raise ConfigError(
+                f"{where}: expected a path, a database or an address with http:// or https://, "
+                f"got {shown_uri(uri)!r}"
+            )
+        if uri.startswith("file:") and not takes_file_store():
+            raise ConfigError(
+                f"{where}: MLflow no longer keeps runs in a folder, got {uri!r}. Write "
+                "sqlite:///mlflow.db, or set the environment variable MLFLOW_ALLOW_FILE_STORE=true."
+            )
 
     def where(self, key: tuple[int | str, ...]) -> str:
         """Name the file and line that give a key its value; the environment's file goes first."""
@@ -358,65 +322,3 @@ def _keys(group: type[BaseModel], path: str = "") -> Iterator[str]:
         yield f"{path}{name}"
         if isinstance(field.default, BaseModel):
             yield from _keys(type(field.default), f"{path}{name}.")
-
-
-def _artifact_folder(tracking_uri: str) -> str | None:
-    """Say where the artifacts go by default: beside a SQLite file, or where a server decides.
-
-    For a database MLflow's own default is a folder of the working directory.
-    """
-    if not is_database(tracking_uri):
-        return None
-    file = sqlite_file(tracking_uri)
-    return file.with_name("mlartifacts").as_uri() if file else "mlartifacts"
-
-
-def sqlite_file(uri: str) -> Path | None:
-    """Give the file of a `sqlite:///` URI; None for any other URI."""
-    found = _SQLITE_FILE.match(uri)
-    return Path(found["path"]) if found else None
-
-
-def shown_uri(uri: str) -> str:
-    """Write a URI without the user and password in it, for logs and messages."""
-    uri = re.sub(r"([?&][^=&#]*password=)[^&#]*", r"\1***", uri)
-    return re.sub(r"//[^/?#]*@", "//***@", uri)
-
-
-def is_database(uri: str) -> bool:
-    """Tell whether a tracking URI names a database, which clients of the store open directly."""
-    return uri.split(":", 1)[0].split("+", 1)[0] in {"sqlite", "postgresql", "mysql", "mssql"}
-
-
-def is_http(uri: str) -> bool:
-    """Check whether a tracking URI names a server that is reached by HTTP."""
-    return uri.startswith(("http://", "https://"))
-
-
-def anchor_uri(uri: str, project_path: PurePath) -> str:
-    """Make a relative path or `sqlite:///` URI start at the project's folder.
-
-    Other URIs, and the words `databricks` and `databricks-uc`, stay as they are.
-    """
-    if found := _SQLITE_FILE.match(uri):
-        path = found["path"]
-        if PurePosixPath(path).is_absolute() or PureWindowsPath(path).drive:
-            return uri
-        return f"{found['scheme']}{(project_path / path).as_posix()}{uri[found.end() :]}"
-    if uri.startswith("databricks") or re.match(r"[\w+.-]{2,}:", uri):
-        return uri
-    return (project_path / uri).as_uri()
-
-
-def _has_store(uri: str, plugins: str) -> bool:
-    """Tell whether MLflow, or one of a group of its plugins, has a store for a URI."""
-    scheme = uri.split(":", 1)[0]
-    known = {"http", "https", "file", "databricks", "databricks-uc", "uc"}
-    return scheme in known or is_database(uri) or scheme in entry_points(group=plugins).names
-
-
-def _takes_file_store() -> bool:
-    """Tell whether MLflow still opens a folder as a store: by default not from 3.13 on."""
-    installed = tuple(int(part) for part in version("mlflow").split(".")[:2])
-    allowed = os.environ.get("MLFLOW_ALLOW_FILE_STORE", "").lower() in ("true", "1")
-    return installed < (3, 13) or allowed

@@ -21,23 +21,17 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..config.loading import (
-    ConfigError,
-    is_database,
-    is_http,
-    mistake,
-    read_credentials,
-    register_header_provider,
-    shown_uri,
-    sqlite_file,
-)
+from ..config.errors import ConfigError, SettingError
+from ..config.loading import mistake, read_credentials
+from ..config.uris import is_database, is_http, shown_uri, sqlite_file
 from ..offline.disk import disks
 from ..offline.replay import waiting
 from ..stores import credentials
 from ..stores import errors as failures
-from ..stores.server import Server, SettingError, checked, experiment_id
-from ..tracking import endings
-from ..tracking import run as tracking
+from ..stores.project import register_header_provider
+from ..stores.server import Server, checked, experiment_id
+from ..tracking.ending import MARKERS, end_killed
+from ..tracking.process import Process, orphans, this_process, unmark
 from .runs import Schema, advice_on, local_path, schema_of, secrets_of
 from .showing import count, lasting
 
@@ -48,7 +42,8 @@ if TYPE_CHECKING:
     )
     from requests import Response
 
-    from ..config.keys import ExperimentOptions, MlflowConfig
+    from ..config.keys import ExperimentOptions
+    from ..stores.project import MlflowConfig
 
 # What holds for requests where the user has not said so. The first one of all, which shows
 # whether a server is there, waits less and is not repeated.
@@ -359,7 +354,7 @@ def _writing(patient: _Patient) -> str:
     tags = {
         MARK: "made to see whether runs can be, and to be deleted at once",
         "project_path": str(patient.project_path),
-        **endings.this_process().tags(),
+        **this_process().tags(),
     }
     experiment = experiment_id(patient.server, patient.options)
     patient.run = client.create_run(experiment, tags=tags, run_name=NAME)
@@ -444,12 +439,12 @@ def _open_runs(patient: _Patient) -> str:
         what = f"`{_command(patient, 'doctor')} --fix` ends them as KILLED"
         raise _FaultError(f"{count(len(left), 'run')} of processes that are gone: {ids}", what)
     for run, process in left:
-        tracking.end_killed(patient.server, run, process)
-        endings.unmark(patient.project_path / tracking.MARKERS, run.info.run_id)
+        end_killed(patient.server, run, process)
+        unmark(patient.project_path / MARKERS, run.info.run_id)
     return f"ended {count(len(left), 'run')} of processes that are gone: {ids}"
 
 
-def _left_open(patient: _Patient) -> Iterator[tuple[Run, endings.Process]]:
+def _left_open(patient: _Patient) -> Iterator[tuple[Run, Process]]:
     """Find the runs of this project that are RUNNING and whose process on this host is gone.
 
     A note in the project's folder knows of its run more than the run's tags do: tags don't tell
@@ -457,8 +452,8 @@ def _left_open(patient: _Patient) -> Iterator[tuple[Run, endings.Process]]:
     """
     from mlflow.exceptions import MlflowException
 
-    client, markers = patient.server.client, patient.project_path / tracking.MARKERS
-    for marker in endings.orphans(markers, patient.address):
+    client, markers = patient.server.client, patient.project_path / MARKERS
+    for marker in orphans(markers, patient.address):
         try:
             run = client.get_run(marker.run_id)
         except MlflowException as error:
@@ -469,7 +464,7 @@ def _left_open(patient: _Patient) -> Iterator[tuple[Run, endings.Process]]:
             yield run, marker.process
     if patient.experiment is None:
         return
-    here = endings.this_process()
+    here = this_process()
     running = f"attributes.status = 'RUNNING' and tags.host = '{here.host}'"
     for run in client.search_runs([patient.experiment.experiment_id], running):
         process = _process_of(run.data.tags, here)
@@ -479,11 +474,11 @@ def _left_open(patient: _Patient) -> Iterator[tuple[Run, endings.Process]]:
             yield run, process
 
 
-def _process_of(tags: Mapping[str, str], here: endings.Process) -> endings.Process | None:
+def _process_of(tags: Mapping[str, str], here: Process) -> Process | None:
     """Read back what `Process.tags` has written of a process on this host."""
     try:
         start = datetime.fromisoformat(tags["process_start"]).timestamp()
-        return endings.Process(here.host, int(tags["pid"]), start, here.namespace)
+        return Process(here.host, int(tags["pid"]), start, here.namespace)
     except (KeyError, ValueError):  # somebody else's tags
         return None
 

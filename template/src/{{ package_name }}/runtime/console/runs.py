@@ -19,19 +19,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from ..config.loading import (
-    ConfigError,
-    all_credentials,
-    is_database,
-    mistake,
-    read_credentials,
-    register_header_provider,
-    shown_uri,
-    sqlite_file,
-)
+from ..config.errors import ADDRESS, ConfigError, SettingError
+from ..config.loading import all_credentials, mistake, read_credentials
+from ..config.uris import is_database, shown_uri, sqlite_file
 from ..stores import credentials
 from ..stores import errors as failures
-from ..stores.server import ADDRESS, Server, SettingError
+from ..stores.project import register_header_provider
+from ..stores.server import Server
 from ..tracking import params
 
 if TYPE_CHECKING:
@@ -39,7 +33,8 @@ if TYPE_CHECKING:
     from kedro.framework.context import KedroContext
     from mlflow.entities import Run
 
-    from ..config.keys import ExperimentOptions, MlflowConfig
+    from ..config.keys import ExperimentOptions
+    from ..stores.project import MlflowConfig
 
 # Somebody sits and waits: MLflow by itself asks a server that is away for four minutes.
 PATIENCE = {

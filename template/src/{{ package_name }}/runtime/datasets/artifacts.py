@@ -15,10 +15,10 @@ from kedro.io import AbstractDataset, AbstractVersionedDataset, DatasetError
 from kedro.io.core import Version
 
 from .._kedro import is_partitioned, set_version, version_of
-from ..config.loading import shown_uri
-from ..tracking.run import RunHandle, attach
+from ..config.uris import shown_uri
+from ..tracking.handle import RunHandle, attach
+from .base import TrackedDataset
 from .files import copy_files, files, has_file, location, moved, partitions, state
-from .tracked import TrackedDataset
 
 if TYPE_CHECKING:
     from mlflow.store.artifact.artifact_repo import ArtifactRepository

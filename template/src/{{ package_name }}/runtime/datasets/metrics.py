@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from kedro.io import DatasetError
 
 from ..stores.server import Server
-from ..tracking.run import Point, RunHandle
-from .tracked import TrackedDataset
+from ..tracking.handle import RunHandle
+from ..tracking.outbox import Point
+from .base import TrackedDataset
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric

@@ -12,9 +12,9 @@ from kedro.io import AbstractVersionedDataset, DatasetError, Version
 from kedro.io.core import get_protocol_and_path
 
 from ..stores.server import Server
-from ..tracking.run import RunHandle, attach
+from ..tracking.handle import RunHandle, attach
+from .base import TrackedDataset
 from .flavors import Flavor, unpack
-from .tracked import TrackedDataset
 
 if TYPE_CHECKING:
     from mlflow.entities import LoggedModel

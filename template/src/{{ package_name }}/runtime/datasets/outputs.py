@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 from .._kedro import uncached
 from .artifacts import log_file
+from .base import TrackedDataset
 from .files import has_file
-from .tracked import TrackedDataset
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from kedro.io import AbstractDataset
 
-    from ..tracking.run import RunHandle
+    from ..tracking.handle import RunHandle
 
 logger = logging.getLogger(__name__)
 

@@ -14,9 +14,9 @@ from kedro.io import DatasetError
 
 from .._mlflow import default_experiment_id
 from ..stores.server import Server
-from ..tracking.run import RunHandle, attach
+from ..tracking.handle import RunHandle, attach
 from .artifacts import fetch, folder_of, has_artifact
-from .tracked import TrackedDataset
+from .base import TrackedDataset
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 
-from ..config.loading import shown_uri
+from ..config.uris import shown_uri
 from ..stores import credentials
 from ..stores.errors import is_away, reason_of
 from .disk import Disk

@@ -14,10 +14,12 @@ from rich.filesize import decimal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
-from ..config.loading import read_credentials, register_header_provider, shown_uri
+from ..config.loading import read_credentials
+from ..config.uris import shown_uri
 from ..stores import credentials
 from ..stores.errors import is_away, reason_of
-from ..tracking import run as tracking
+from ..stores.project import register_header_provider
+from ..tracking.ending import MARKERS, end_orphans
 from . import OF_REPLAYS
 from .disk import Disk, DiskError, disk_of, disks, families
 from .replay import Outcome, files_of_family, remove, replay, waiting
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
-    from ..config.keys import MlflowConfig
+    from ..stores.project import MlflowConfig
     from ..stores.server import Server
 
 
@@ -57,7 +59,7 @@ def sync(context: KedroContext, *, dry_run: bool, discard: Sequence[str]) -> boo
         click.echo(f"Nothing waits for {where}.")
         return True
     client = disk.client()
-    tracking.end_orphans(disk.store, context.project_path / tracking.MARKERS)
+    end_orphans(disk.store, context.project_path / MARKERS)
     if dry_run:
         _show_waiting(disk, families(client), where)
         return True

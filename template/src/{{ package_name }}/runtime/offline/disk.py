@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
+from ..config.errors import ConfigError
 from ..config.keys import TrackingOptions
-from ..config.loading import ConfigError, shown_uri, sqlite_file
-from ..stores.server import Server, prepare
+from ..config.uris import shown_uri, sqlite_file
+from ..stores.embedded import prepare
+from ..stores.server import Server
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -18,10 +18,11 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from .. import _mlflow
+from ..config.errors import SettingError
 from ..config.keys import CreateExperimentOptions, ExperimentOptions
-from ..config.loading import is_database
+from ..config.uris import is_database
 from ..stores.errors import is_away, reason_of
-from ..stores.server import SettingError, experiment_id
+from ..stores.server import experiment_id
 from .disk import ARTIFACT_LOCATION, EXPERIMENT, Disk, DiskError, families, has_ended, pages
 
 if TYPE_CHECKING:

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from kedro.io import DataCatalog
     from mlflow.models.model import ModelInfo
 
+    from ..tracking.handle import RunHandle
     from ..tracking.params import Secrets
-    from ..tracking.run import RunHandle
 
 logger = logging.getLogger(__name__)
 

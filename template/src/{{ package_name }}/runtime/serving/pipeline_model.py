@@ -27,8 +27,8 @@ from mlflow.exceptions import MlflowException
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
 from .._kedro import keep_hooks_out, uncached, without_confirms
+from ..datasets.base import TrackedDataset
 from ..datasets.files import copy_files, load_copy
-from ..datasets.tracked import TrackedDataset
 from .pipeline_ml import PipelineError, PipelineML, check_inference, is_parameter
 
 # How Kedro's MemoryDataset may hand out what it has; None lets it choose by the kind of data.

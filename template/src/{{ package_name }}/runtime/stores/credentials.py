@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from threading import Lock
 from typing import TYPE_CHECKING, Any
 
-from .. import _mlflow
+from .. import _mlflow, state
 
 if TYPE_CHECKING:
     from kedro.framework.context import KedroContext
@@ -17,40 +16,39 @@ if TYPE_CHECKING:
 
     from ..config.keys import RequestHeaderProviderOptions
 
-# What each variable was before the first run that exports it, and what each running run wants.
-# Runs in one process may overlap, and the last one to end puts everything back.
-_before: dict[str, str | None] = {}
-_wanted: dict[str, Mapping[str, str | None]] = {}
-_lock = Lock()
 
+def export(key: str, variables: Mapping[str, str | None]) -> None:
+    """Set environment variables for a run, or whatever else has this key; None takes one away.
 
-def export(run_id: str, variables: Mapping[str, str | None]) -> None:
-    """Set environment variables for a run; None takes one away."""
-    with _lock:
-        _wanted[run_id] = variables
+    Runs in one process may overlap, and the last one to end puts everything back.
+    """
+    held = state.current()
+    with held.lock:
+        held.exported[key] = variables
         for name, value in variables.items():
-            _before.setdefault(name, os.environ.get(name))
+            held.before_export.setdefault(name, os.environ.get(name))
             _set(name, value)
 
 
-def exported(run_id: str) -> dict[str, str | None]:
-    """Give what a run has exported, for its workers."""
-    with _lock:
-        return dict(_wanted.get(run_id, {}))
+def exported(key: str) -> dict[str, str | None]:
+    """Return what a run has exported, for its workers."""
+    return dict(state.current().exported.get(key, {}))
 
 
-def take_back(run_id: str) -> None:
+def take_back(key: str) -> None:
     """Put back what the variables of a run were, unless another run still wants them."""
-    with _lock:
-        for name in _wanted.pop(run_id, {}):
-            still = [variables[name] for variables in _wanted.values() if name in variables]
-            _set(name, still[-1] if still else _before.pop(name))
+    held = state.current()
+    with held.lock:
+        for name in held.exported.pop(key, {}):
+            wanted = [others[name] for others in held.exported.values() if name in others]
+            _set(name, wanted[-1] if wanted else held.before_export.pop(name))
 
 
 def original(name: str) -> str | None:
-    """Tell what an environment variable is without what runs have exported."""
-    with _lock:
-        return _before.get(name, os.environ.get(name))
+    """Return what an environment variable is without what runs have exported."""
+    held = state.current()
+    with held.lock:
+        return held.before_export.get(name, os.environ.get(name))
 
 
 def _set(name: str, value: str | None) -> None:
@@ -60,13 +58,9 @@ def _set(name: str, value: str | None) -> None:
         os.environ[name] = value
 
 
-# Each provider that is registered, under its class and all that it was made with.
-_registered: dict[tuple[str, str], RequestHeaderProvider] = {}
-
-
-def registered_header_providers() -> list[str]:
-    """Name the classes that MLflow asks for headers in this process, for the projects in it."""
-    return [kind for kind, _ in _registered]
+def header_provider_names() -> list[str]:
+    """Return the classes that MLflow asks for headers in this process, for the projects in it."""
+    return [kind for kind, _ in state.current().header_providers]
 
 
 def register_header_provider(
@@ -83,20 +77,22 @@ def register_header_provider(
     """
     if options.type is None:
         return None
-    known = (options.type, options.model_dump_json())
-    if known in _registered:
-        return _registered[known]
     from kedro.utils import load_obj
     from mlflow.tracking.request_header.abstract_request_header_provider import (
         RequestHeaderProvider,
     )
 
-    provider = load_obj(options.type)
-    if not (isinstance(provider, type) and issubclass(provider, RequestHeaderProvider)):
-        raise TypeError(f"{options.type} is not a subclass of MLflow's RequestHeaderProvider")
-    arguments: dict[str, Any] = dict(options.init_kwargs)
-    if options.pass_context:
-        arguments["kedro_context"] = context
-    _registered[known] = provider(**arguments)
-    _mlflow.register_header_provider(_registered[known])
-    return _registered[known]
+    held, key = state.current(), (options.type, options.model_dump_json())
+    with held.lock:
+        if key not in held.header_providers:
+            kind = load_obj(options.type)
+            if not (isinstance(kind, type) and issubclass(kind, RequestHeaderProvider)):
+                raise TypeError(
+                    f"{options.type} is not a subclass of MLflow's RequestHeaderProvider"
+                )
+            arguments: dict[str, Any] = dict(options.init_kwargs)
+            if options.pass_context:
+                arguments["kedro_context"] = context
+            provider = held.header_providers[key] = kind(**arguments)
+            _mlflow.register_header_provider(provider)
+    return held.header_providers[key]

@@ -18,9 +18,9 @@ from urllib.parse import urlsplit
 
 from kedro.io import DatasetError
 
-from ..config.loading import ConfigError, is_database, is_http, shown_uri, uri_of_environment
-from .credentials import registered_header_providers
-from .server import ADDRESS, SettingError
+from ..config.errors import ADDRESS, ConfigError, SettingError
+from ..config.uris import is_database, is_http, shown_uri, uri_of_environment
+from .credentials import header_provider_names
 
 if TYPE_CHECKING:
     from .server import Server
@@ -232,7 +232,7 @@ class _Failure:
         self.code = answer.json.get("error_code", "") if answer else ""
         has_headers = answered is not None and answered.response is not None
         self.headers = answered.response.headers if has_headers else {}
-        self.providers = " and ".join(registered_header_providers())
+        self.providers = " and ".join(header_provider_names())
         parts = urlsplit(shown_uri(uri))  # a password may have what an address may not
         self.host, self.bucket = parts.hostname, parts.netloc
         self.variable, address = _proxy(uri)

@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import inspect
-import os
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from functools import lru_cache
 from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any
 
-from .. import _mlflow
-from ..stores.server import SettingError
+from .. import _mlflow, state
+from ..config.errors import SettingError
 
 # As in `tracking.autolog` of mlflow.yml: what is on, or the options of each flavor.
 Flavors = Mapping[str, bool | Mapping[str, Any]]
 
-_switching = threading.Lock()
-_switched_on: dict[str, _Flavor] = {}
-
 
 @dataclass(frozen=True)
-class _Flavor:
+class SwitchedOn:
     """A flavor that is on: with which options, and how it was before, as MLflow keeps that."""
 
     autolog: Any
@@ -32,6 +26,7 @@ class _Flavor:
     before: Mapping[str, Any]
 
     def switch_off(self) -> None:
+        """Put the flavor back to how it was."""
         if self.before.get("disable", True):
             self.autolog(disable=True)
         else:  # the user has switched it on
@@ -47,34 +42,32 @@ def switch_on(flavors: Flavors) -> None:
     Raises:
         SettingError: When there is no such flavor or option, or its library isn't installed.
     """
-    with _switching:
+    held = state.current()
+    with held.lock:
         for name, given in flavors.items():
             options = {} if isinstance(given, bool) else dict(given)
-            now = _switched_on.get(name)
+            now = held.autologging.get(name)
             # Not once more for each of several runs: it exchanges methods that others may be in.
             if given is not False and (now is None or now.options != options):
                 flavor = _call_autolog(name, options)
-                _switched_on[name] = replace(flavor, before=now.before) if now else flavor
+                held.autologging[name] = replace(flavor, before=now.before) if now else flavor
 
 
 def switch_on_in_worker(flavors: Flavors) -> None:
     """Switch autologging on in a worker of a run, where fork may have switched it on already."""
-    if flavors:
-        _renew_threads(os.getpid())
-        switch_on(flavors)
-
-
-@lru_cache
-def _renew_threads(pid: int) -> None:  # noqa: ARG001
-    """Give MLflow threads of this process, once in it."""
-    _mlflow.renew_autologging_threads()
+    held = state.current()
+    if flavors and not held.has_autologging_threads:
+        held.has_autologging_threads = True
+        _mlflow.renew_autologging_threads()
+    switch_on(flavors)
 
 
 def switch_off() -> None:
     """Take back what `switch_on` did, when no run is in progress any more."""
-    with _switching:
-        while _switched_on:
-            _switched_on.popitem()[1].switch_off()
+    held = state.current()
+    with held.lock:
+        while held.autologging:
+            held.autologging.popitem()[1].switch_off()
 
 
 def keep_quiet() -> None:
@@ -91,7 +84,7 @@ def keep_quiet() -> None:
         mlflow.autolog(disable=True)
 
 
-def _call_autolog(name: str, options: Mapping[str, Any]) -> _Flavor:
+def _call_autolog(name: str, options: Mapping[str, Any]) -> SwitchedOn:
     import mlflow
 
     key = ("tracking", "autolog", name)
@@ -111,4 +104,4 @@ def _call_autolog(name: str, options: Mapping[str, Any]) -> _Flavor:
         autolog(**options)
     except ImportError as error:
         raise SettingError(key, f"its library can't be imported: {error}") from error
-    return _Flavor(autolog, options, before)
+    return SwitchedOn(autolog, options, before)

@@ -129,6 +129,13 @@ def secret_values(credentials: Any) -> Iterator[str]:
             yield from secret_values(item)
 
 
+def parameter_limit() -> int:
+    """Return how many characters a parameter's value may have, from MLflow."""
+    from mlflow.utils.validation import MAX_PARAM_VAL_LENGTH
+
+    return MAX_PARAM_VAL_LENGTH
+
+
 def split_long(
     params: Mapping[str, str], *, limit: int, strategy: str
 ) -> tuple[dict[str, str], dict[str, str]]:

@@ -24,6 +24,8 @@ from functools import lru_cache
 from pathlib import Path
 from types import FrameType
 
+from .. import state
+
 logger = logging.getLogger(__name__)
 
 # Signals whose default is to end the process at once, and that can be handled.
@@ -56,7 +58,7 @@ class Process:
         return tags
 
     def is_gone(self) -> bool:
-        """Tell whether the process has ended, as far as this process can know."""
+        """Check whether the process has ended, as far as this process can know."""
         here = this_process()
         if (self.host, self.namespace) != (here.host, here.namespace) or self.start_time is None:
             return False
@@ -81,7 +83,7 @@ def _describe(pid: int) -> Process:
 
 
 def _start_time(pid: int) -> float | None:
-    """Tell when a process started, in seconds since 1970; None when it is not there any more."""
+    """Return when a process started, in seconds since 1970; None when it is not there any more."""
     if sys.platform == "linux":
         started = _start_time_on_linux(pid)
     elif sys.platform == "win32":
@@ -133,7 +135,7 @@ def mark(folder: Path, run_id: str, server: str) -> None:
 
 
 def unmark(folder: Path, run_id: str) -> None:
-    """Take the note back."""
+    """Take the marker back."""
     try:
         (folder / f"{run_id}.json").unlink(missing_ok=True)
     except OSError as error:
@@ -155,17 +157,14 @@ def orphans(folder: Path, server: str) -> Iterator[Marker]:
             yield marker
 
 
-# The handlers that `watch_signals` has set, to be taken back.
-_handlers: dict[int, Callable[[int, FrameType | None], None]] = {}
-
-
 def watch_signals(end_runs: Callable[[str], None]) -> None:
     """Have `end_runs(reason)` called before a signal ends this process.
 
     Only signals that nobody else handles are taken, and only from the main thread, as Python
     demands. The process ends with the signal's own status, its children before it.
     """
-    if _handlers or threading.current_thread() is not threading.main_thread():
+    handlers = state.current().signal_handlers
+    if handlers or threading.current_thread() is not threading.main_thread():
         return
     owner = os.getpid()
 
@@ -187,31 +186,29 @@ def watch_signals(end_runs: Callable[[str], None]) -> None:
     for number in _DEADLY:
         if signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, end)
-            _handlers[number] = end
+            handlers[number] = end
 
 
 def forget_signals() -> None:
     """Put back what `watch_signals` has changed."""
     if threading.current_thread() is threading.main_thread():
-        for number, handler in list(_handlers.items()):
+        handlers = state.current().signal_handlers
+        while handlers:
+            number, handler = handlers.popitem()
             if signal.getsignal(number) is handler:
                 signal.signal(number, signal.SIG_DFL)
-            del _handlers[number]
 
 
 def managers() -> list[int]:
-    """Give the process ids of the managers that Kedro's ParallelRunner has started here."""
+    """Return the process ids of the managers that Kedro's ParallelRunner has started here."""
     children = multiprocessing.active_children()
     return [p.pid for p in children if p.pid and p.name.startswith("ParallelRunnerManager")]
 
 
 def is_child_of(pid: int) -> bool:
-    """Tell whether this is a worker process that the process with this id has started."""
+    """Check whether this is a worker process that the process with this id has started."""
     parent = multiprocessing.parent_process()
     return parent is not None and parent.pid == pid
-
-
-_followed: set[int] = set()
 
 
 def follow_parent(pid: int, managers: Sequence[int]) -> None:
@@ -220,9 +217,10 @@ def follow_parent(pid: int, managers: Sequence[int]) -> None:
     Python's process pools go on waiting for a parent that was killed outright.
     """
     parent = multiprocessing.parent_process()
-    if parent is None or parent.pid != pid or os.getpid() in _followed:
+    held = state.current()
+    if parent is None or parent.pid != pid or held.is_following_parent:
         return
-    _followed.add(os.getpid())
+    held.is_following_parent = True
 
     def follow() -> None:
         parent.join()

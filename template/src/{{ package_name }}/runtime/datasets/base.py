@@ -9,10 +9,10 @@ from typing import Any
 
 from kedro.io import AbstractDataset, DatasetError
 
-from ..config.loading import shown_uri
+from ..config.uris import shown_uri
 from ..stores.errors import is_away, reason_of
 from ..stores.server import Server
-from ..tracking.run import RunHandle, attach
+from ..tracking.handle import RunHandle, attach
 
 
 class TrackedDataset(AbstractDataset[Any, Any]):

@@ -1,0 +1,81 @@
+"""URIs of stores: what kind each is, anchored to the project, and shown without a password."""
+
+from __future__ import annotations
+
+import os
+import re
+from importlib.metadata import entry_points, version
+from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
+
+# Names the tracking URI that a notebook's environment has from a project, not from its user.
+ANNOUNCED = "KEDRO_MLFLOW_ANNOUNCED_URI"
+
+_SQLITE_FILE = re.compile(r"(?P<scheme>sqlite(\+\w+)?:///)(?P<path>(?!:memory:)[^?]+)")
+
+
+def uri_of_environment() -> str | None:
+    """Return the tracking URI that the user's environment names, not one that was announced."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI")
+    return None if uri == os.environ.get(ANNOUNCED) else uri
+
+
+def anchor_uri(uri: str, project_path: PurePath) -> str:
+    """Make a relative path or `sqlite:///` URI start at the project's folder.
+
+    Other URIs, and the words `databricks` and `databricks-uc`, stay as they are.
+    """
+    if sqlite := _SQLITE_FILE.match(uri):
+        path = sqlite["path"]
+        if PurePosixPath(path).is_absolute() or PureWindowsPath(path).drive:
+            return uri
+        return f"{sqlite['scheme']}{(project_path / path).as_posix()}{uri[sqlite.end() :]}"
+    if uri.startswith("databricks") or re.match(r"[\w+.-]{2,}:", uri):
+        return uri
+    return (project_path / uri).as_uri()
+
+
+def shown_uri(uri: str) -> str:
+    """Return a URI without the user and password in it, for logs and messages."""
+    uri = re.sub(r"([?&][^=&#]*password=)[^&#]*", r"\1***", uri)
+    return re.sub(r"//[^/?#]*@", "//***@", uri)
+
+
+def is_http(uri: str) -> bool:
+    """Check whether a tracking URI names a server that is reached by HTTP."""
+    return uri.startswith(("http://", "https://"))
+
+
+def is_database(uri: str) -> bool:
+    """Check whether a tracking URI names a database, which clients of the store open directly."""
+    return uri.split(":", 1)[0].split("+", 1)[0] in {"sqlite", "postgresql", "mysql", "mssql"}
+
+
+def sqlite_file(uri: str) -> Path | None:
+    """Return the file of a `sqlite:///` URI; None for any other URI."""
+    sqlite = _SQLITE_FILE.match(uri)
+    return Path(sqlite["path"]) if sqlite else None
+
+
+def artifact_folder(tracking_uri: str) -> str | None:
+    """Return where artifacts go by default: beside a SQLite file; None where a server decides.
+
+    For a database MLflow's own default is a folder of the working directory.
+    """
+    if not is_database(tracking_uri):
+        return None
+    file = sqlite_file(tracking_uri)
+    return file.with_name("mlartifacts").as_uri() if file else "mlartifacts"
+
+
+def has_store(uri: str, plugins: str) -> bool:
+    """Check whether MLflow, or one of a group of its plugins, has a store for a URI."""
+    scheme = uri.split(":", 1)[0]
+    known = {"http", "https", "file", "databricks", "databricks-uc", "uc"}
+    return scheme in known or is_database(uri) or scheme in entry_points(group=plugins).names
+
+
+def takes_file_store() -> bool:
+    """Check whether MLflow opens a folder as a store: from 3.13 on only where that is allowed."""
+    installed = tuple(int(part) for part in version("mlflow").split(".")[:2])
+    allowed = os.environ.get("MLFLOW_ALLOW_FILE_STORE", "").lower() in ("true", "1")
+    return installed < (3, 13) or allowed

@@ -1,0 +1,126 @@
+"""Databases that this process opens itself: their tables are made on first use.
+
+MLflow and SQLAlchemy are imported inside functions, so that importing this module costs nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+from uuid import uuid4
+
+from .. import _mlflow
+from ..config.uris import is_database, sqlite_file
+
+if TYPE_CHECKING:
+    from sqlalchemy.pool import Pool
+
+logger = logging.getLogger(__name__)
+
+# A database that doesn't answer is given up after so many seconds.
+CONNECT_TIMEOUT = 9
+
+# Databases whose drivers take this argument.
+_TAKES_TIMEOUT = re.compile("postgresql|mysql")
+
+# Any number that other programs are unlikely to lock in the same database.
+_MAKING_TABLES = 0x6D6C666C6F77
+
+
+def prepare(uri: str, location: str | None) -> None:
+    """Make the store in a database that has none yet; any other URI needs nothing.
+
+    Args:
+        uri: Where runs are kept.
+        location: Where the files go.
+    """
+    file = sqlite_file(uri)
+    if file is None and is_database(uri):
+        _prepare_database(uri, location)
+    elif file and not file.exists():
+        _make_sqlite(uri, file, location)
+
+
+def _make_sqlite(uri: str, file: Path, location: str | None) -> None:
+    """Make an embedded store, whole before anybody can see it.
+
+    MLflow makes one on first use too, but where two processes start at once each meets the
+    other's half-made tables.
+    """
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    logger.info("Creating the embedded MLflow store %s", uri)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    draft = file.with_name(f"{file.name}.{uuid4().hex}")
+    try:
+        with _quiet("alembic"):
+            # MLflow's experiment "Default" comes with it: its artifacts go where the others go.
+            store = SqlAlchemyStore(f"sqlite:///{draft.as_posix()}", location)
+        store.engine.dispose()
+        try:
+            # Unlike a renaming, a link never replaces the store that another process has made.
+            os.link(draft, file)
+        except FileExistsError:
+            logger.info("Another process has made the store meanwhile")
+        except OSError:  # a file system without links
+            if not file.exists():
+                draft.replace(file)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _prepare_database(uri: str, location: str | None) -> None:
+    """Connect to a database once, and make the tables in one that is empty.
+
+    MLflow tries ten times, for more than a minute, at one that refuses the password.
+    """
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+    from sqlalchemy import create_engine, inspect, text
+    from sqlalchemy.pool import NullPool
+
+    arguments = {"connect_timeout": CONNECT_TIMEOUT} if _TAKES_TIMEOUT.match(uri) else {}
+    engine = create_engine(uri, poolclass=NullPool, connect_args=arguments)
+    with engine.connect() as connection:
+        if inspect(connection).has_table("alembic_version"):
+            return
+        logger.info("Making MLflow's tables in the database")
+        if connection.dialect.name == "postgresql":
+            # Held until this connection ends: another process waits, and then finds the tables.
+            connection.execute(text("SELECT pg_advisory_lock(:key)"), {"key": _MAKING_TABLES})
+        with _quiet("alembic"):
+            SqlAlchemyStore(uri, location or "mlartifacts")
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Hide what a logger tells below a warning, such as a line for each of forty migrations."""
+    noisy = logging.getLogger(name)
+    before = noisy.level
+    noisy.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        noisy.setLevel(before)
+
+
+@lru_cache
+def part_when_forked() -> None:
+    """Let a forked worker open connections of its own, instead of talking on its parent's.
+
+    Two processes on one connection take each other's answers, or wait for ever.
+    """
+    inherited: list[Pool] = []  # for good: what is collected would be closed
+
+    def part() -> None:
+        for engine in _mlflow.engines():
+            inherited.append(engine.pool)
+            engine.dispose(close=False)
+
+    if hasattr(os, "register_at_fork"):  # not on Windows, which doesn't fork
+        os.register_at_fork(after_in_child=part)

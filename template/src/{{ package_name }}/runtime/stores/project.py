@@ -1,0 +1,126 @@
+"""`context.mlflow`: the configuration of a project, which can also ask its server."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field, PrivateAttr
+
+from .. import _mlflow
+from ..config import keys
+from ..config.loading import load_config, mistake, read_credentials
+from ..config.uris import ANNOUNCED
+from . import credentials
+from .embedded import prepare
+from .server import Server, experiment_id
+
+if TYPE_CHECKING:
+    from kedro.framework.context import KedroContext
+    from mlflow import MlflowClient
+    from mlflow.entities import Experiment
+    from mlflow.tracking.request_header.abstract_request_header_provider import (
+        RequestHeaderProvider,
+    )
+
+
+class _Server(keys.ServerOptions):
+    @property
+    def client(self) -> MlflowClient:
+        """MLflow's client for these URIs, made on first use."""
+        return self.connection.client
+
+    @property
+    def connection(self) -> Server:
+        """The two URIs, for the runtime."""
+        return Server(self.mlflow_tracking_uri or "", self.mlflow_registry_uri or "")
+
+
+class _Experiment(keys.ExperimentOptions):
+    _server: _Server = PrivateAttr(default_factory=_Server)
+
+    def set_server(self, server: _Server) -> None:
+        """Set the server that `entity` asks."""
+        self._server = server
+
+    @property
+    def entity(self) -> Experiment:
+        """MLflow's object for the experiment, which is made or restored when need be."""
+        server = self._server.connection
+        prepare(server.tracking_uri, self.create_experiment_kwargs.artifact_location)
+        return server.client.get_experiment(experiment_id(server, self))
+
+
+class _Tracking(keys.TrackingOptions):
+    experiment: _Experiment = Field(default_factory=_Experiment)
+
+
+class MlflowConfig(keys.MlflowConfig):
+    """The whole of `mlflow.yml`; a context offers it as `context.mlflow`."""
+
+    server: _Server = Field(default_factory=_Server)
+    tracking: _Tracking = Field(default_factory=_Tracking)
+
+    def model_post_init(self, _: Any) -> None:
+        """Tell the experiment its server."""
+        self.tracking.experiment.set_server(self.server)
+
+    def setup(self, context: KedroContext) -> None:
+        """Point `mlflow.…` in this process at the project, as notebooks want it.
+
+        Sets the tracking and registry URI and the experiment, exports the credentials and
+        registers the header provider.
+
+        Args:
+            context: The Kedro context whose `mlflow` this is.
+        """
+        import mlflow
+
+        variables = read_credentials(context)
+        register_header_provider(context)
+        credentials.export("setup", variables)
+        self.server.connection.use()
+        mlflow.set_experiment(experiment_id=self.tracking.experiment.entity.experiment_id)
+
+
+def config_of(context: KedroContext) -> MlflowConfig:
+    """Read the configuration of a context, for its attribute `mlflow`.
+
+    Raises:
+        ConfigError: With one line for each mistake, when `mlflow.yml` has any.
+    """
+    return MlflowConfig.model_validate(load_config(context).model_dump(exclude_unset=True))
+
+
+def register_header_provider(context: KedroContext) -> RequestHeaderProvider | None:
+    """Register the provider that `server.request_header_provider` describes, and return it.
+
+    Raises:
+        ConfigError: When it can't be imported or made.
+    """
+    options = context.mlflow.server.request_header_provider  # type: ignore[attr-defined]
+    try:
+        return credentials.register_header_provider(options, context)
+    except Exception as error:  # the class is the user's code
+        what = f"type {options.type!r} can't be used: {error}"
+        raise mistake(context, ("server", "request_header_provider"), what) from error
+
+
+def announce(config: MlflowConfig) -> None:
+    """Let MLflow find the project's server and experiment when somebody uses it.
+
+    For notebooks. Environment variables do this without importing MLflow and without a request.
+    """
+    server, experiment = config.server.connection, config.tracking.experiment
+    os.environ.pop("MLFLOW_EXPERIMENT_ID", None)  # MLflow refuses an id and a name that differ
+    os.environ.update(
+        MLFLOW_TRACKING_URI=server.tracking_uri,
+        MLFLOW_REGISTRY_URI=server.registry_uri,
+        MLFLOW_EXPERIMENT_NAME=experiment.name or "",
+        **{ANNOUNCED: server.tracking_uri},
+    )
+    _mlflow.export_artifact_root(experiment.create_experiment_kwargs.artifact_location)
+    if "mlflow" in sys.modules:
+        _mlflow.set_active_experiment(None)  # that of another project
+        server.use()

@@ -1,0 +1,83 @@
+"""MLflow's active run: the runs that the user's own `mlflow.log_metric(…)` lands in.
+
+MLflow is imported inside functions, so that importing this module costs nothing.
+"""
+
+from __future__ import annotations
+
+import atexit
+import sys
+from typing import TYPE_CHECKING
+
+from .. import _mlflow, state
+
+if TYPE_CHECKING:
+    from mlflow import ActiveRun
+
+    from .handle import RunHandle
+
+
+def enter(run: RunHandle, scope: str) -> None:
+    """Make a run MLflow's active run in this thread, without a request.
+
+    `scope` says for how long: for `leave` to find what belongs to it.
+    """
+    run.server.use()
+    # Runs that the user's code nests in this one belong to the same experiment.
+    _mlflow.set_active_experiment(run.experiment_id)
+    _mlflow.active_runs().append(_active_run(run, scope))
+    held = state.current()
+    if not held.is_clearing_active_runs:
+        held.is_clearing_active_runs = True
+        # MLflow has registered its own by now: what is registered later is called first.
+        atexit.register(_clear)
+
+
+def leave(run: RunHandle, scope: str, status: str) -> None:
+    """Take back what `enter` did; a run that was opened since and left open is ended."""
+    if "mlflow" not in sys.modules:
+        return
+    stack = _mlflow.active_runs()
+    mine = [getattr(active, "entered", None) == (run.run_id, scope) for active in stack]
+    if any(mine):  # else the user's code has ended it, or this is another thread
+        _cut(stack, len(mine) - 1 - mine[::-1].index(True), status)
+
+
+def _clear() -> None:
+    """Keep MLflow from ending what is open at this process's exit as FINISHED."""
+    stack = _mlflow.active_runs()
+    entered = [hasattr(run, "entered") for run in stack]
+    if any(entered):
+        _cut(stack, entered.index(True), "KILLED")
+
+
+def _cut(stack: list[ActiveRun], length: int, status: str) -> None:
+    """Shorten MLflow's stack of active runs; those that the user's code opened are ended."""
+    import mlflow
+
+    while len(stack) > length:
+        if hasattr(stack[-1], "entered"):
+            stack.pop()
+        else:
+            mlflow.end_run(status)
+
+
+def _active_run(run: RunHandle, scope: str) -> ActiveRun:
+    """Build MLflow's own object for a run from the handle, which saves the request for it."""
+    from mlflow import ActiveRun
+    from mlflow.entities import LifecycleStage, Run, RunData, RunInfo, RunStatus
+
+    info = RunInfo(
+        run_id=run.run_id,
+        experiment_id=run.experiment_id,
+        user_id="",
+        status=RunStatus.to_string(RunStatus.RUNNING),
+        start_time=0,
+        end_time=None,
+        lifecycle_stage=LifecycleStage.ACTIVE,
+        artifact_uri=run.artifact_uri,
+        run_name=run.name,
+    )
+    active = ActiveRun(Run(info, RunData()))
+    active.entered = (run.run_id, scope)  # type: ignore[attr-defined]
+    return active

@@ -1,0 +1,165 @@
+"""Every way in which a run ends: by itself, by an error, a signal, an exit, or afterwards.
+
+MLflow is imported inside functions, so that importing this module costs nothing.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import threading
+from contextlib import ExitStack
+from dataclasses import dataclass
+from inspect import currentframe
+from pathlib import Path
+from traceback import walk_stack
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from .. import state
+from ..config.uris import shown_uri
+from ..stores import credentials
+from . import autologging, process
+from .handle import RunHandle
+from .outbox import outbox_of
+from .process import Process
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
+
+    from ..stores.server import Server
+
+logger = logging.getLogger(__name__)
+
+INTERRUPTED = "interrupted: the pipeline was left before its end (Ctrl-C, or sys.exit in a node)"
+
+# The folder of a project that notes which of its runs are in progress.
+MARKERS = ".mlflow-running"
+
+
+@dataclass(frozen=True)
+class Started:
+    """A run that this process started: in which thread, and below which call on its stack.
+
+    `markers` is the folder that notes which runs are in progress.
+    """
+
+    run: RunHandle
+    markers: Path
+    thread: int
+    frame: FrameType
+
+    def is_abandoned(self) -> bool:
+        """Check whether the call that runs the pipeline was left without a word, as by Ctrl-C."""
+        if threading.get_ident() != self.thread:
+            return False
+        return all(frame is not self.frame for frame, _ in walk_stack(currentframe()))
+
+
+def watch(run: RunHandle, markers: Path, frame: FrameType) -> None:
+    """Have a run ended however the call that runs its pipeline, or its process, does.
+
+    Args:
+        run: A run that this process has just opened.
+        markers: The folder that notes which runs are in progress.
+        frame: The call that runs the pipeline.
+    """
+    held = state.current()
+    held.started[run.key] = Started(run, markers, threading.get_ident(), frame)
+    if not held.is_watching_exit:
+        held.is_watching_exit = True
+        atexit.register(_end_all, INTERRUPTED)
+    if not run.attached:
+        process.mark(markers, run.run_id, shown_uri(run.server.tracking_uri))
+    process.watch_signals(_end_all)
+
+
+def finish(run: RunHandle, status: str, reason: str | None = None) -> None:
+    """Send what waits and end a run as FINISHED, FAILED or KILLED; only the first call does.
+
+    A run that was attached to is left open for its owner. When what waits can't be sent, the
+    run ends as FAILED and the error is raised.
+    """
+    held = state.current()
+    started = held.started.pop(run.key, None)
+    if started is None:
+        return
+    run.leave("pipeline", status)
+    if not held.started:
+        process.forget_signals()
+        autologging.switch_off()
+    try:
+        with ExitStack() as calls:
+            for call in outbox_of(run).before_end.values():
+                calls.callback(call)
+            run.flush()
+    except BaseException:
+        status = "FAILED"
+        raise
+    finally:
+        held.outboxes.pop(run.key, None)
+        try:
+            if not run.attached:
+                _end(run.server, run.run_id, run.experiment_id, status, reason)
+                logger.info("MLflow run '%s' (%s) %s", run.name, run.run_id, status)
+                process.unmark(started.markers, run.run_id)
+        finally:
+            credentials.take_back(run.opening)
+
+
+def end_abandoned() -> None:
+    """End the runs of this thread whose pipeline was interrupted; Kedro tells no hook of it."""
+    for started in list(state.current().started.values()):
+        if started.is_abandoned():
+            finish(started.run, "KILLED", INTERRUPTED)
+
+
+def _end_all(reason: str) -> None:
+    for started in list(state.current().started.values()):
+        finish(started.run, "KILLED", reason)
+
+
+def _end(
+    server: Server, run_id: str, experiment_id: str, status: str, reason: str | None = None
+) -> None:
+    """End a run; one that didn't finish takes the child runs that are still open with it."""
+    from mlflow.entities import RunTag
+
+    client = server.client
+    if reason:
+        client.log_batch(run_id, tags=[RunTag("kedro_error", reason)])
+    client.set_terminated(run_id, status)
+    if status != "FINISHED":
+        _end_children(server, run_id, experiment_id, status)
+
+
+def _end_children(server: Server, run_id: str, experiment_id: str, status: str) -> None:
+    from mlflow.entities import ViewType
+
+    of_this = f"tags.`mlflow.parentRunId` = '{run_id}' and attributes.status = 'RUNNING'"
+    for child in server.client.search_runs([experiment_id], of_this, ViewType.ACTIVE_ONLY):
+        _end(server, child.info.run_id, experiment_id, status)
+
+
+def end_orphans(server: Server, markers: Path) -> None:
+    """End the runs on this server whose process is gone, as after `kill -9`."""
+    from mlflow.exceptions import MlflowException
+
+    for marker in process.orphans(markers, shown_uri(server.tracking_uri)):
+        try:
+            run = server.client.get_run(marker.run_id)
+            if run.info.status == "RUNNING":
+                end_killed(server, run, marker.process)
+        except MlflowException as error:
+            logger.warning("MLflow run %s could not be ended: %s", marker.run_id, error)
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                continue
+        process.unmark(markers, marker.run_id)
+
+
+def end_killed(server: Server, run: Run, gone: Process) -> None:
+    """End a run whose process is gone, and the child runs that are still open."""
+    run_id = run.info.run_id
+    reason = f"the process {gone.pid} on {gone.host} ended without a word"
+    _end(server, run_id, run.info.experiment_id, "KILLED", reason)
+    logger.warning("MLflow run %s was still open: %s", run_id, reason)

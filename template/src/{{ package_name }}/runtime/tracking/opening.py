@@ -1,0 +1,205 @@
+"""Open the run of a pipeline: start a new one, continue one, or attach to one that is open.
+
+MLflow is imported inside functions, so that importing this module costs nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from inspect import currentframe
+from pathlib import Path
+from traceback import walk_stack
+from types import FrameType
+from typing import TYPE_CHECKING
+from uuid import uuid4
+
+from .. import state
+from ..config.errors import ConfigError, SettingError
+from ..config.uris import anchor_uri, shown_uri, uri_of_environment
+from ..stores import credentials
+from ..stores import errors as failures
+from ..stores.embedded import prepare
+from ..stores.server import Server, experiment_id, find_run
+from . import autologging, process
+from .ending import MARKERS, end_abandoned, end_orphans, finish, watch
+from .handle import RunHandle, fitting_tags, handle_of
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
+
+    from ..config.keys import TrackingOptions
+
+logger = logging.getLogger(__name__)
+
+
+def start(
+    server: Server,
+    options: TrackingOptions,
+    *,
+    name: str,
+    params: Mapping[str, str],
+    tags: Mapping[str, str],
+    variables: Mapping[str, str],
+    project_path: Path,
+) -> RunHandle:
+    """Open the run of a pipeline with all its parameters and tags.
+
+    That is the run already active in this thread, the one that `MLFLOW_RUN_ID` names (both are
+    left to their owners to end), the one that `tracking.run.id` names, or a new one.
+
+    Args:
+        server: Where the project's runs are.
+        options: The part `tracking` of mlflow.yml.
+        name: Name of a new run.
+        params: Parameters, each short enough for the store.
+        tags: Tags; those that a run of somebody else has already stay as they are.
+        variables: What is in the environment until the run ends.
+        project_path: The project's folder; it keeps note of the runs that are in progress.
+
+    Raises:
+        SettingError: When a setting in mlflow.yml names what isn't there.
+        ConfigError: When `MLFLOW_RUN_ID` does, or the run has other values of these parameters.
+    """
+    opening, markers = uuid4().hex, project_path / MARKERS
+    given = credentials.original("MLFLOW_RUN_ID")
+    # MLflow would take up that run where the user's code asks for a child of it.
+    exported: dict[str, str | None] = {**variables, "MLFLOW_RUN_ID": None}
+    if shown_uri(server.tracking_uri) != server.tracking_uri:
+        # MLflow prints the address of each run, password and all.
+        exported["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
+    credentials.export(opening, exported)
+    if given and not server.replayed_to:
+        server = _server_of_environment(server, project_path)
+    try:
+        autologging.switch_on(options.autolog)
+        with failures.translate_server_errors(server, variables):
+            tags = {**tags, **process.this_process().tags()}
+            handle, tags = _open(server, options, name, tags, given)
+        handle = replace(handle, opening=opening)
+    except BaseException:
+        credentials.take_back(opening)
+        if not state.current().started:
+            autologging.switch_off()
+        raise
+    with failures.translate_server_errors(handle.server, variables):
+        try:
+            watch(handle, markers, _caller())
+            if tags:
+                handle.set_tags(tags)
+            handle.log_params(params)
+            handle.enter("pipeline")
+            end_orphans(handle.server, markers)
+        except BaseException:
+            finish(handle, "FAILED")
+            raise
+    logger.info(
+        "MLflow run '%s' (%s) %s on %s",
+        handle.name,
+        handle.run_id,
+        "attached to" if handle.attached else "started",
+        shown_uri(handle.server.tracking_uri),
+    )
+    return handle
+
+
+def _caller() -> FrameType:
+    """Return the call that runs the pipeline: the first one outside of this package and pluggy."""
+    inside = (f"{__name__.partition('.tracking.')[0]}.", "pluggy.")
+    return next(
+        frame
+        for frame, _ in walk_stack(currentframe())
+        if not frame.f_globals["__name__"].startswith(inside)
+    )
+
+
+def _open(
+    server: Server,
+    options: TrackingOptions,
+    name: str,
+    tags: dict[str, str],
+    given: str | None,
+) -> tuple[RunHandle, Mapping[str, str]]:
+    """Open the run, and return it with the tags that it still has to get."""
+    import mlflow
+
+    if options.disable_tracking.disable_autologging:
+        autologging.keep_quiet()
+    end_abandoned()
+    active = mlflow.active_run()
+    if active and not any(
+        s.run.run_id == active.info.run_id for s in state.current().started.values()
+    ):
+        return _attach(Server.in_use(), active.info.run_id, tags)
+    if given and not active:
+        return _attach(server, given, tags)
+    prepare(server.tracking_uri, options.experiment.create_experiment_kwargs.artifact_location)
+    server.use()
+    if options.run.id and not active:
+        handle = handle_of(server, _continued(server, options.run.id))
+        return handle, tags
+    if active and options.run.nested:  # a node starts a Kedro run of its own
+        tags["mlflow.parentRunId"] = active.info.run_id
+    experiment = experiment_id(server, options.experiment)
+    run = server.client.create_run(experiment, tags=fitting_tags(tags), run_name=name)
+    return handle_of(server, run, fresh=True), {}
+
+
+def _attach(
+    server: Server, run_id: str, tags: Mapping[str, str]
+) -> tuple[RunHandle, Mapping[str, str]]:
+    run = _existing(server, run_id)
+    if run is None and server.replayed_to:
+        raise ConfigError(f"MLFLOW_RUN_ID: {_NOT_OFFLINE}, got {run_id!r}")
+    if run is None:
+        raise ConfigError(
+            f"MLFLOW_RUN_ID: expected the id of a run on {shown_uri(server.tracking_uri)} "
+            f"that is not deleted, got {run_id!r}"
+        )
+    # User, source and process of somebody else's run stay theirs.
+    unset = {k: v for k, v in tags.items() if k not in run.data.tags and k not in _OWNERS_TAGS}
+    unset = {k: v for k, v in unset.items() if not k.startswith("mlflow.")}
+    return handle_of(server, run, attached=True), unset
+
+
+_NOT_OFFLINE = (
+    "with tracking.on_unreachable: offline a run of the server can't be continued: expected no id, "
+    "or on_unreachable: fail"
+)
+
+_OWNERS_TAGS = {"host", "pid", "process_start"}
+
+
+def _continued(server: Server, run_id: str) -> Run:
+    run = _existing(server, run_id)
+    if run is None and server.replayed_to:
+        raise SettingError(("tracking", "run", "id"), f"{_NOT_OFFLINE}, got {run_id!r}")
+    if run is None:
+        what = f"there is no such run on {shown_uri(server.tracking_uri)}, got {run_id!r}"
+        raise SettingError(("tracking", "run", "id"), what)
+    server.client.update_run(run_id, status="RUNNING")
+    return run
+
+
+def _existing(server: Server, run_id: str) -> Run | None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        run = find_run(server, run_id)
+    except MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise
+        return None
+    return run if run.info.lifecycle_stage == "active" else None
+
+
+def _server_of_environment(server: Server, project_path: Path) -> Server:
+    """Return the server of whoever set `MLFLOW_RUN_ID`: the environment names it, or mlflow.yml."""
+    given = uri_of_environment()
+    if given is None:
+        return server
+    tracking_uri = anchor_uri(given, project_path)
+    registry_uri = os.environ.get("MLFLOW_REGISTRY_URI") or tracking_uri
+    return Server(tracking_uri, registry_uri)
