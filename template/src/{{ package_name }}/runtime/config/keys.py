@@ -25,7 +25,7 @@ def _as_number(value: Any) -> Any:
 
 
 def _as_switch(value: Any) -> Any:
-    """Tell in one sentence what a switch with options may be."""
+    """Refuse in one sentence what is neither a switch nor options."""
     if not isinstance(value, bool | dict):
         raise PydanticCustomError("switch", "expected true, false or options")
     return value
@@ -221,7 +221,7 @@ _ABOUT = (
 def commented_yaml(
     written: Mapping[str, str] | None = None, schema: str = "mlflow.schema.json"
 ) -> str:
-    """Write every key with its default and a comment.
+    """Return a text with every key, its default and a comment.
 
     Args:
         written: What to write instead of the default, by dotted key.

@@ -107,7 +107,7 @@ def _plain(value: Any) -> str:
 
 
 def mistake(context: KedroContext, key: tuple[str, ...], what: str) -> ConfigError:
-    """Make the error for a key whose value only turned out to be wrong when it was used."""
+    """Return the error for a key whose value only turned out to be wrong when it was used."""
     return ConfigError(f"{_Sources(context).where(key)}: {_key(key)}: {what}")
 
 
@@ -121,7 +121,7 @@ def package_name() -> str:
 
 
 def configured_package() -> str | None:
-    """Name the package of the project that Kedro is configured for, if it is for any."""
+    """Return the package of the project that Kedro is configured for, if it is for any."""
     from kedro.framework import project
 
     return cast("str | None", project.PACKAGE_NAME)
@@ -198,7 +198,7 @@ class _Sources:
             )
 
     def where(self, key: tuple[int | str, ...]) -> str:
-        """Name the file and line that give a key its value; the environment's file goes first."""
+        """Return the file and line that give a key its value; the environment's file goes first."""
         file, line = self._place(key)
         return f"{file}:{line}"
 
@@ -271,7 +271,7 @@ def written_values(files: Iterable[Path]) -> dict[str, str]:
 
 
 def _line(node: yaml.Node | None, key: tuple[int | str, ...]) -> int | None:
-    """Find the line of a key, counted from 1; None where the file doesn't have it."""
+    """Return the line of a key, counted from 1; None where the file doesn't have it."""
     line = None
     for part in key:
         if isinstance(node, yaml.MappingNode):
@@ -304,7 +304,7 @@ def _mistake(problem: Any) -> str:
 
 
 def _nearest(key: tuple[int | str, ...]) -> str:
-    """Say which key was meant, or which there are."""
+    """Return which key was meant, or which there are."""
     *path, wrong = map(str, key)
     group: type[BaseModel] = MlflowConfig
     for name in path:

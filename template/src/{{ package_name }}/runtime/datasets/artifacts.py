@@ -364,6 +364,6 @@ def _temporary_folder(run: RunHandle) -> Path:
 
 
 def _is_in_memory(data: Any) -> bool:
-    """Tell whether data surely doesn't read its file later, as partitions and lazy tables do."""
+    """Check whether data surely doesn't read its file later, as partitions and lazy tables do."""
     package = type(data).__module__.partition(".")[0]
     return package in ("pandas", "numpy") or isinstance(data, str | bytes)

@@ -101,7 +101,7 @@ class Flavor:
 
 
 def unpack(data: Any, save_args: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Tell a model from the arguments for saving it that come with it as `(model, arguments)`.
+    """Separate a model from the arguments for saving it that come with it as `(model, arguments)`.
 
     The example and the signature of a model are known where its data is: in the node. They go
     before those of the catalog. With `signature: auto` MLflow infers it from the input example.
@@ -130,7 +130,7 @@ def _told(error: Exception) -> str:
 
 
 def _is_module(name: Any) -> bool:
-    """Tell whether a module exists, without the import of MLflow that `find_spec` would do."""
+    """Check whether a module exists, without the import of MLflow that `find_spec` would do."""
     package, *inner = str(name).split(".")
     spec = find_spec(package) if package else None
     if spec is None or not inner:

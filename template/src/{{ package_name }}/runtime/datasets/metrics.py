@@ -29,7 +29,7 @@ def _shown(value: Any) -> str:
 
 
 def _number(value: Any, key: str) -> float:
-    """Read what MLflow takes for a number: also a bool, and an array or a tensor of one element."""
+    """Return a number, also of a bool, and of an array or a tensor of one element."""
     try:
         single = value.item() if hasattr(value, "item") else value
         if isinstance(single, (str, bytes)):
@@ -40,7 +40,7 @@ def _number(value: Any, key: str) -> float:
 
 
 def _whole(value: Any, rule: str, lowest: int) -> int:
-    """Read a whole number of 64 bits, also one that a table has made a float."""
+    """Return a whole number of 64 bits, also one that a table has made a float."""
     try:
         is_whole_float = isinstance(value, float) and value.is_integer()
         whole = int(value) if is_whole_float else operator.index(value)
@@ -63,7 +63,7 @@ def _timestamp(value: Any, key: str) -> int | None:
 
 
 def _point(item: Any, key: str, rule: str) -> Point:
-    """Read `{"step": …, "value": …}`, in which a timestamp may be too."""
+    """Return the point of `{"step": …, "value": …}`, in which a timestamp may be too."""
     if not (isinstance(item, Mapping) and {"step", "value"} <= item.keys()):
         raise DatasetError(f"{rule}, got {_shown(item)}.")
     value, step = _number(item["value"], key), _step(item["step"], key)
@@ -71,7 +71,7 @@ def _point(item: Any, key: str, rule: str) -> Point:
 
 
 def _elements(data: Any, rule: str) -> list[Any]:
-    """Give what is in a list, a tuple, a generator, a NumPy array or a pandas Series."""
+    """Return what is in a list, a tuple, a generator, a NumPy array or a pandas Series."""
     is_row = isinstance(data, Iterable) and getattr(data, "ndim", 1) == 1
     is_row = is_row and not isinstance(data, (str, bytes, Mapping, AbstractSet))
     elements = list(data) if is_row else []
@@ -102,7 +102,7 @@ class _MetricDataset(TrackedDataset):
             self._resolve_run().log_metrics(self._in_order(points))
 
     def _in_order(self, points: Iterable[Point]) -> Iterator[Point]:
-        """Give each point without a timestamp one that puts it after the point before it.
+        """Return each point with a timestamp, which puts it after the point before it.
 
         MLflow keeps no other order than that of timestamp, step and value, and two points that
         are equal in these are one. So steps that repeat or fall need milliseconds of their own.
@@ -126,7 +126,7 @@ class _MetricDataset(TrackedDataset):
 
     @abstractmethod
     def _is_mine(self, key: str) -> bool:
-        """Tell whether a metric of the run is one that this dataset saves."""
+        """Check whether a metric of the run is one that this dataset saves."""
 
 
 def _check_name(key: str) -> None:
@@ -225,7 +225,7 @@ class MlflowMetricDataset(_OneMetricDataset):
         self._mode = _checked_mode("save_args", self._save_args, ("overwrite", "append"))
 
     def load(self) -> float:
-        """Give the value last logged, or the one last logged at the step asked for."""
+        """Return the value last logged, or the one last logged at the step asked for."""
         run, history = self._history()
         step = self._load_args.get("step")
         if step is not None:
@@ -286,7 +286,7 @@ class MlflowMetricHistoryDataset(_OneMetricDataset):
         self._count = 0  # of the values saved so far in mode `list`
 
     def load(self) -> list[float] | dict[int, float] | list[dict[str, Any]]:
-        """Give all points of the metric."""
+        """Return all points of the metric."""
         _, history = self._history()
         if self._load_mode == "list":
             return [metric.value for metric in history]
@@ -336,7 +336,7 @@ class _ManyMetricsDataset(_MetricDataset):
         return key.startswith(self._key(""))
 
     def _values(self) -> tuple[RunHandle, dict[str, float]]:
-        """Give what MLflow takes for the value of each metric: the last one at its highest step."""
+        """Return the value of each metric, which is the last one at its highest step."""
         run = self._resolve_run()
         run.flush()
         with self._reading():
@@ -370,7 +370,7 @@ class MlflowMetricsDataset(_ManyMetricsDataset):
         super().__init__(run_id, prefix, metadata)
 
     def load(self) -> dict[str, float]:
-        """Give the value of each metric, under the name that it was saved with."""
+        """Return the value of each metric, under the name that it was saved with."""
         _, values = self._values()
         start = self._key("")
         return {key.removeprefix(start): value for key, value in values.items()}
@@ -401,7 +401,7 @@ class MlflowMetricsHistoryDataset(_ManyMetricsDataset):
         super().__init__(run_id, prefix, metadata)
 
     def load(self) -> dict[str, Any]:
-        """Give the points of each metric under its full name; a single point as a dictionary."""
+        """Return the points of each metric under its full name; a single point as a dictionary."""
         run, values = self._values()
         loaded: dict[str, Any] = {}
         for key in values:

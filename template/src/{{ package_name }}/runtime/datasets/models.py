@@ -452,7 +452,7 @@ def _is_model(folder: Path) -> bool:
 
 
 def _is_something_else(target: Path) -> bool:
-    """Tell whether there is something that a model must not replace."""
+    """Check whether there is something that a model must not replace."""
     if target.is_dir():
         return any(target.iterdir()) and not _is_model(target)
     return target.exists()

@@ -29,7 +29,7 @@ PREVIEW_ROWS = 100
 
 
 def is_wanted(name: str, patterns: Iterable[str]) -> bool:
-    """Tell whether a dataset's name, without its transcoding, matches one of the patterns."""
+    """Check whether a dataset's name, without its transcoding, matches one of the patterns."""
     plain = name.partition("@")[0]
     return any(fnmatchcase(plain, pattern) for pattern in patterns)
 
@@ -85,7 +85,7 @@ def _write(path: Path, data: Any) -> None:
 
 
 def _is_a(data: Any, module: str, name: str) -> bool:
-    """Tell whether data is of a type of a library, which is imported by now if it is."""
+    """Check whether data is of a type of a library, which is imported by now if it is."""
     kind = getattr(sys.modules.get(module), name, None)
     return kind is not None and isinstance(data, kind)
 

@@ -87,13 +87,13 @@ class RunHandle:
             outbox.flush()
 
     def metric_history(self, key: str) -> list[Metric]:
-        """Read all points of a metric, ordered by time, then by step."""
+        """Return all points of a metric, ordered by time, then by step."""
         self.flush()
         history = self.server.client.get_metric_history(self.run_id, key)
         return sorted(history, key=lambda metric: (metric.timestamp, metric.step))
 
     def metric_keys(self) -> list[str]:
-        """Name the metrics that the run has."""
+        """Return the metrics that the run has."""
         self.flush()
         return list(self.server.client.get_run(self.run_id).data.metrics)
 
@@ -112,12 +112,12 @@ class RunHandle:
         )
 
     def log_artifact(self, path: str | Path, artifact_path: str | None = None) -> None:
-        """Copy a local file, or a folder with all that is in it, to the run's artifacts."""
+        """Log a local file, or a folder with all that is in it, as artifacts."""
         with translate_artifact_errors(self.artifact_uri, self.server):
             self.server.client.log_artifact(self.run_id, str(path), artifact_path)
 
     def log_text(self, text: str, artifact_file: str) -> None:
-        """Write a text to the run's artifacts."""
+        """Log a text as an artifact of the run."""
         with translate_artifact_errors(self.artifact_uri, self.server):
             self.server.client.log_text(self.run_id, text, artifact_file)
 
@@ -169,7 +169,7 @@ class RunHandle:
         calls[key or uuid4().hex] = call
 
     def report_error(self, error: str, traceback: str, node: str | None = None) -> None:
-        """Say in tags and in the artifact `traceback.txt` why the run fails."""
+        """Log in tags and in the artifact `traceback.txt` why the run fails."""
         tags = {"kedro_error": error, **({"kedro_failed_node": node} if node else {})}
         self.set_tags(tags)
         self.log_text(traceback, "traceback.txt")
@@ -178,7 +178,7 @@ class RunHandle:
 def handle_of(
     server: Server, run: Run, *, attached: bool = False, fresh: bool = False
 ) -> RunHandle:
-    """Make a handle for MLflow's own object of a run."""
+    """Return a handle for MLflow's own object of a run."""
     return RunHandle(
         server=server,
         run_id=run.info.run_id,
@@ -191,7 +191,7 @@ def handle_of(
 
 
 def attach(server: Server | None = None, run_id: str | None = None) -> RunHandle | None:
-    """Make a handle for a run by its id, or for MLflow's active run; without a request."""
+    """Return a handle for a run by its id, or for MLflow's active run; without a request."""
     import mlflow
 
     server = server or Server.in_use()

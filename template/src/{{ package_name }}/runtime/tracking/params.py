@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
+from kedro.io.core import is_parameter
+
 # What MLflow accepts as the name of a parameter (mlflow.utils.validation).
 _REFUSED = re.compile(r"[^/\w.\- ]" if os.name == "nt" else r"[^/\w.\- :]")
 _MAX_NAME = 250
@@ -23,20 +25,18 @@ REDACTED = "***"
 
 
 def select(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Pick the parameters among the inputs of nodes.
+    """Return the parameters among the inputs of nodes.
 
     Takes dataset names with their data, gives parameter names with their values: `params:x`
     becomes `x`, and `parameters` stays whole.
     """
     return {
-        name.removeprefix("params:"): value
-        for name, value in inputs.items()
-        if name == "parameters" or name.startswith("params:")
+        name.removeprefix("params:"): value for name, value in inputs.items() if is_parameter(name)
     }
 
 
 def flatten(params: Mapping[str, Any], *, recursive: bool, sep: str) -> Iterator[tuple[str, Any]]:
-    """Give every entry of a dictionary a name of its own: `{"a": {"b": 1}}` becomes `a.b`, 1.
+    """Return every entry of a dictionary by a name of its own: `{"a": {"b": 1}}` is `a.b`, 1.
 
     An empty dictionary is kept as a value. With `recursive` false only the first level of
     each dictionary is taken apart. Two entries may get the same name: `rename` keeps them apart.
@@ -50,7 +50,7 @@ def flatten(params: Mapping[str, Any], *, recursive: bool, sep: str) -> Iterator
 
 
 def rename(params: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    """Give each parameter a name that MLflow takes, and that no other one has.
+    """Return each parameter under a name that MLflow takes, and that no other one has.
 
     What MLflow refuses becomes `_`, a name that is too long ends in a hash of it, and of names
     that become equal all but the first get a number.
@@ -117,7 +117,7 @@ class Secrets:
 
 
 def secret_values(credentials: Any) -> Iterator[str]:
-    """Give the values in credentials that are long enough to be told from ordinary ones."""
+    """Return the values in credentials that are long enough to be told from ordinary ones."""
     if isinstance(credentials, Mapping):
         credentials = credentials.values()
     if isinstance(credentials, str | int | float):

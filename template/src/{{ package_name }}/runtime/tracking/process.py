@@ -143,7 +143,7 @@ def unmark(folder: Path, run_id: str) -> None:
 
 
 def orphans(folder: Path, server: str) -> Iterator[Marker]:
-    """Find the runs on a server whose process is gone."""
+    """Return the runs on a server whose process is gone."""
     for file in sorted(folder.glob("*.json")):
         try:
             found = json.loads(file.read_text(encoding="utf-8"))

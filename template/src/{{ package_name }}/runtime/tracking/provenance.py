@@ -1,4 +1,4 @@
-"""Say where a run comes from: the command that repeats it, git, user and host. No MLflow here."""
+"""Where a run comes from: the command that repeats it, git, user and host. No MLflow here."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _INSTANCE = re.compile(r"<(?P<type>[\w.]+) object at 0x[0-9a-fA-F]+>")
 
 
 def pipeline_names(run_params: Mapping[str, Any]) -> list[str]:
-    """Name the pipelines of a run; Kedro 1.0 and 1.1 pass one name, later versions a list."""
+    """Return the pipelines of a run; Kedro 1.0 and 1.1 pass one name, later versions a list."""
     names = run_params.get("pipeline_names") or run_params.get("pipeline_name")
     if not names:
         return ["__default__"]
@@ -38,7 +38,7 @@ def pipeline_names(run_params: Mapping[str, Any]) -> list[str]:
 
 
 def runner_name(run_params: Mapping[str, Any]) -> str:
-    """Name the runner as `kedro run --runner` takes it; Kedro passes the `str()` of the object."""
+    """Return the runner as `kedro run --runner` takes it; Kedro passes the `str()` of it."""
     name = str(run_params.get("runner"))
     if name == "None":
         return "SequentialRunner"
@@ -51,7 +51,7 @@ def runner_name(run_params: Mapping[str, Any]) -> str:
 def kedro_command(
     run_params: Mapping[str, Any], options: Sequence[str] = (), command: Sequence[str] = ("run",)
 ) -> str:
-    """Write the `kedro run …` that repeats a run from the project's folder, for a POSIX shell.
+    """Return the `kedro run …` that repeats a run from the project's folder, for a POSIX shell.
 
     `options` come after those of `run_params`. Instead of `run` there may be another command.
     """
@@ -77,7 +77,7 @@ def kedro_command(
 
 
 def _param(name: str, value: Any) -> str:
-    """Write a parameter as `kedro run --params` reads it: as YAML, between commas."""
+    """Return a parameter as `kedro run --params` reads it: as YAML, between commas."""
     plain = ",".join(f"{k}={v}" for k, v in _leaves({name: value}))
     if _read_params(plain) == {name: value}:
         return plain
@@ -88,7 +88,7 @@ def _param(name: str, value: Any) -> str:
 
 
 def _read_params(text: str) -> Any:
-    """Read `--params` as Kedro does (kedro.framework.cli.utils)."""
+    """Return what `--params` says, read as Kedro does (kedro.framework.cli.utils)."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -108,7 +108,7 @@ def _leaves(params: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, 
 
 
 def command_options(given: Mapping[str, Any], project_path: Path) -> list[str]:
-    """Write the options of `kedro run` that Kedro doesn't pass on in `run_params`.
+    """Return the options of `kedro run` that Kedro doesn't pass on in `run_params`.
 
     Takes the parameters of the click command: `conf_source`, `is_async`, `runner_params`.
     """
@@ -132,7 +132,7 @@ def command_options(given: Mapping[str, Any], project_path: Path) -> list[str]:
 def run_tags(
     run_params: Mapping[str, Any], options: Sequence[str] = (), command: Sequence[str] = ("run",)
 ) -> dict[str, str]:
-    """Make one tag of each non-empty entry of Kedro's `run_params`, and the command."""
+    """Return one tag for each non-empty entry of Kedro's `run_params`, and the command."""
     tags = {key: _as_text(value) for key, value in run_params.items() if value}
     return {
         **tags,
@@ -170,7 +170,7 @@ def _user() -> str:
 
 
 def git_tags(project_path: Path) -> dict[str, str]:
-    """Read commit, branch and whether anything is uncommitted, with one call of git.
+    """Return commit, branch and whether anything is uncommitted, with one call of git.
 
     Gives nothing where the project is not in a git repository, or git is not installed.
     """
