@@ -173,5 +173,6 @@ def _show_outcomes(outcomes: Sequence[Outcome], where: str) -> None:
 def _table(*columns: str, title: str) -> Table:
     table = Table(title=title, title_justify="left", box=None)
     for column in columns:
-        table.add_column(column, overflow="fold")  # an id is of no use when it is cut
+        # An id that is broken or cut is of no use.
+        table.add_column(column, overflow="fold", no_wrap=column.startswith("id "))
     return table
