@@ -66,7 +66,8 @@ def sync(context: KedroContext, *, dry_run: bool, discard: Sequence[str]) -> boo
         with disk.locked():
             if discard:
                 return _discard(disk, client, discard)
-            outcomes = _replay(disk, waiting(client), where)
+            found = waiting(client)
+            outcomes = _replay(disk, found, where) if found else []
     finally:
         credentials.take_back("sync")
     if not outcomes:
