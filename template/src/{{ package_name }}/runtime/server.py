@@ -180,6 +180,9 @@ def prepare(uri: str, location: str | None) -> None:
         _prepare_database(uri, location)
     if file is None or file.exists():
         return
+    for engine in _mlflow.engines():
+        if engine.url.database == str(file):  # somebody has removed the store meanwhile
+            engine.dispose()
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
     logger.info("Creating the embedded MLflow store %s", uri)

@@ -425,7 +425,6 @@ class _Replay:
                 {key: self._with_ids_of_server(value) for key, value in texts.items()}
                 for texts in (trace.info.trace_metadata, trace.info.tags)
             ]
-            texts[1].pop("mlflow.artifactLocation", None)  # the server has its own
             info = replace(
                 trace.info,
                 trace_location=TraceLocation.from_experiment_id(experiment),
