@@ -174,6 +174,7 @@ def _show_outcomes(outcomes: Sequence[Outcome], where: str) -> None:
 def _table(*columns: str, title: str) -> Table:
     table = Table(title=title, title_justify="left", box=None)
     for column in columns:
-        # An id that is broken or cut is of no use.
-        table.add_column(column, overflow="fold", no_wrap=column.startswith("id "))
+        # An id that is broken or cut is of no use; of a name the beginning is to stay whole.
+        is_id, least = column.startswith("id "), 12 if column == "run" else None
+        table.add_column(column, overflow="fold", no_wrap=is_id, min_width=least)
     return table
