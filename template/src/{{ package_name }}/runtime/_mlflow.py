@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -127,8 +128,10 @@ def write_trace(uri: str, info: TraceInfo, trace: Trace) -> None:
     """
     from mlflow.tracing.client import TracingClient
 
+    # The store gives its own place, and refuses a second one.
+    tags = {key: text for key, text in info.tags.items() if key != "mlflow.artifactLocation"}
     client = TracingClient(uri)
-    client.start_trace(info)
+    client.start_trace(replace(info, tags=tags))
     client.log_spans(str(info.experiment_id), trace.data.spans)
 
 

@@ -69,7 +69,8 @@ def sync(context: KedroContext, *, dry_run: bool, discard: Sequence[str]) -> boo
         with disk.locked():
             if discard:
                 return _discard(disk, client, discard)
-            outcomes = _replay(disk, waiting(client), where)
+            found = waiting(client)
+            outcomes = _replay(disk, found, where) if found else []
     finally:
         credentials.take_back("sync")
     if not outcomes:
@@ -176,5 +177,7 @@ def _show_outcomes(outcomes: Sequence[Outcome], where: str) -> None:
 def _table(*columns: str, title: str) -> Table:
     table = Table(title=title, title_justify="left", box=None)
     for column in columns:
-        table.add_column(column, overflow="fold")  # an id is of no use when it is cut
+        # An id that is broken or cut is of no use; of a name the beginning is to stay whole.
+        is_id, least = column.startswith("id "), 12 if column == "run" else None
+        table.add_column(column, overflow="fold", no_wrap=is_id, min_width=least)
     return table

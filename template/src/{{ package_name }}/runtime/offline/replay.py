@@ -239,33 +239,30 @@ class _Replay:
         """Log which data and models the run took, and which models it made."""
         from mlflow.entities import LoggedModelInput, LoggedModelOutput
 
-        has_data = {
-            (entry.dataset.name, entry.dataset.digest)
-            for entry in (there.inputs.dataset_inputs if there.inputs else ())
+        inputs, outputs = there.inputs, there.outputs  # None where there are none
+        has = {
+            *((e.dataset.name, e.dataset.digest) for e in getattr(inputs, "dataset_inputs", ())),
+            *(entry.model_id for entry in getattr(inputs, "model_inputs", ())),
+            *((entry.model_id, entry.step) for entry in getattr(outputs, "model_outputs", ())),
         }
-        has_inputs = {m.model_id for m in (there.inputs.model_inputs if there.inputs else ())}
         data = [
             entry
-            for entry in (run.inputs.dataset_inputs if run.inputs else ())
-            if (entry.dataset.name, entry.dataset.digest) not in has_data
+            for entry in getattr(run.inputs, "dataset_inputs", ())
+            if (entry.dataset.name, entry.dataset.digest) not in has
         ]
+        # A model that isn't of this family has been read from the server.
         taken = [
-            LoggedModelInput(model_id)
-            for entry in (run.inputs.model_inputs if run.inputs else ())
-            if (model_id := self.ids.get(entry.model_id, entry.model_id)) not in has_inputs
+            LoggedModelInput(self.ids.get(entry.model_id, entry.model_id))
+            for entry in getattr(run.inputs, "model_inputs", ())
         ]
+        made = [
+            LoggedModelOutput(self.ids.get(entry.model_id, entry.model_id), entry.step)
+            for entry in getattr(run.outputs, "model_outputs", ())
+        ]
+        taken = [entry for entry in taken if entry.model_id not in has]
+        made = [entry for entry in made if (entry.model_id, entry.step) not in has]
         if data or taken:
             self.there.log_inputs(there.info.run_id, data, taken)
-        has_outputs = {
-            (entry.model_id, entry.step)
-            for entry in (there.outputs.model_outputs if there.outputs else ())
-        }
-        made = [
-            LoggedModelOutput(model_id, entry.step)
-            for entry in (run.outputs.model_outputs if run.outputs else ())
-            if ((model_id := self.ids.get(entry.model_id, entry.model_id)), entry.step)
-            not in has_outputs
-        ]
         if made:
             self.there.log_outputs(there.info.run_id, made)
 
@@ -429,7 +426,6 @@ class _Replay:
                 {key: self._with_ids_of_server(value) for key, value in texts.items()}
                 for texts in (trace.info.trace_metadata, trace.info.tags)
             ]
-            texts[1].pop("mlflow.artifactLocation", None)  # the server has its own
             info = replace(
                 trace.info,
                 trace_location=TraceLocation.from_experiment_id(experiment),
