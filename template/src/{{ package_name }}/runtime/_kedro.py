@@ -11,10 +11,9 @@ import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from kedro.io import AbstractVersionedDataset, CachedDataset, Version
-
 if TYPE_CHECKING:
     from kedro.config import OmegaConfigLoader
+    from kedro.io import Version
     from kedro.pipeline import Node
     from pluggy import PluginManager
 
@@ -51,6 +50,8 @@ def uncached(dataset: Any) -> Any:
 
     Kedro 1.7 shows the one inside only in a description.
     """
+    from kedro.io import CachedDataset
+
     return dataset._dataset if isinstance(dataset, CachedDataset) else dataset
 
 
@@ -106,6 +107,8 @@ def set_version(dataset: Any, version: Version | None) -> None:
     Kedro 1.7 does the same in `catalog.load(name, version=…)`, and gives no other way to do it
     with a dataset that was made from a configuration.
     """
+    from kedro.io import AbstractVersionedDataset
+
     if isinstance(dataset, AbstractVersionedDataset):
         dataset._version = version
 

@@ -10,7 +10,6 @@ from importlib.metadata import entry_points
 from inspect import isgeneratorfunction
 from typing import TYPE_CHECKING, Any
 
-from kedro.framework import project
 from kedro.framework.hooks import hook_impl
 
 if TYPE_CHECKING:
@@ -153,10 +152,12 @@ class MlflowHook:
 
 def _refuse_kedro_mlflow() -> None:
     """Say that the plugin would track the same runs, before it reads an mlflow.yml of ours."""
-    modules = [type(hook).__module__ for hook in project.settings.HOOKS] + [
+    from kedro.framework.project import settings  # its import sets up Kedro's logging
+
+    modules = [type(hook).__module__ for hook in settings.HOOKS] + [
         plugin.module
         for plugin in entry_points(group="kedro.hooks")
-        if plugin.dist and plugin.dist.name not in project.settings.DISABLE_HOOKS_FOR_PLUGINS
+        if plugin.dist and plugin.dist.name not in settings.DISABLE_HOOKS_FOR_PLUGINS
     ]
     if any(module.partition(".")[0] == "kedro_mlflow" for module in modules):
         from .config.errors import ConfigError
