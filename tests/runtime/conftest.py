@@ -30,6 +30,7 @@ from mlflow.tracking import fluent
 from mlflow.utils.autologging_utils import AUTOLOGGING_INTEGRATIONS
 from packaging.version import Version
 
+from ..conftest import EXTRAS
 from .s3 import S3, s3_server
 from .servers import CountingProxy, counting_proxy, mlflow_server
 
@@ -190,7 +191,7 @@ def copy_of(pattern: Path, path: Path, package: str) -> None:
 def new_project(
     tmp_path: Path, pattern: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[..., Project]]:
-    """Make projects whose store doesn't exist yet; leaves no trace of them in this process."""
+    """Make projects with all extras, whose store doesn't exist yet; leaves no trace of them here."""
     monkeypatch.setattr(sys, "path", sys.path[:])
     monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))
     autologging = deepcopy(AUTOLOGGING_INTEGRATIONS)
@@ -199,7 +200,9 @@ def new_project(
     def make(**answers: object) -> Project:
         package = f"project_{os.getpid()}_{next(_numbers)}"
         packages.append(package)
-        copy_of(pattern(**{"example": False, **answers}), tmp_path / package, package)
+        copy_of(
+            pattern(**{"example": False, "extras": EXTRAS, **answers}), tmp_path / package, package
+        )
         if not has("kedro", "1.5"):
             let_pipelines_overlap(tmp_path / package, package)
         if not answers.get("example"):
