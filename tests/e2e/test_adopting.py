@@ -29,7 +29,6 @@ def create_pipeline(**kwargs):
 
 COMES = {
     ".copier-answers.yml",
-    "conf/base/mlflow.schema.json",
     "conf/base/mlflow.yml",
     "src/penguins/cli.py",
 }

@@ -47,7 +47,6 @@ def to_kedro_mlflow(project: Path) -> None:
         'CONFIG_LOADER_ARGS = {"base_env": "base", "default_run_env": "local"}\n'
     )
     (project / ".copier-answers.yml").unlink()
-    (project / "conf/base/mlflow.schema.json").unlink()
     # It leaves a relative `sqlite:///` to the working directory, and has no default experiment.
     (project / "conf/base/mlflow.yml").write_text(
         f"server: {{mlflow_tracking_uri: 'sqlite:///{project.as_posix()}/mlflow.db'}}\n"

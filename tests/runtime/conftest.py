@@ -191,7 +191,7 @@ def copy_of(pattern: Path, path: Path, package: str) -> None:
 def new_project(
     tmp_path: Path, pattern: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[..., Project]]:
-    """Make projects with all extras, whose store doesn't exist yet; leaves no trace of them here."""
+    """Make projects with all extras and no store yet; leaves no trace of them in this process."""
     monkeypatch.setattr(sys, "path", sys.path[:])
     monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))
     autologging = deepcopy(AUTOLOGGING_INTEGRATIONS)

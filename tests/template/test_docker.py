@@ -103,7 +103,6 @@ def test_neither_secrets_nor_data_go_to_the_image(generate: Generate, tmp_path: 
         "README.md",
         "conf/README.md",
         "conf/base/catalog.yml",
-        "conf/base/mlflow.schema.json",
         "conf/base/mlflow.yml",
         "conf/base/parameters.yml",
         "conf/docker/mlflow.yml",

@@ -10,8 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field, fields
-from functools import partial
+from functools import partial, reduce
 from inspect import isgeneratorfunction
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
@@ -32,6 +33,7 @@ from .config.loading import (
 from .datasets import outputs
 from .datasets.models import MlflowModelTrackingDataset
 from .datasets.tracked import TrackedDataset
+from .extras import EXTRAS, hint, present
 from .stores import credentials
 from .stores import errors as failures
 from .stores.server import Server, SettingError, lack_of_models
@@ -48,6 +50,9 @@ logger = logging.getLogger(__name__)
 # The entry of the catalog that holds the binding. Kedro builds a catalog for each run and hands
 # it, pickled, to every worker.
 ENTRY = "mlflow:run"
+
+# Names the version of the template that the runtime is of.
+VERSION = Path(__file__).with_name("VERSION")
 
 # The entry that `keep_run_in` leaves for `open_run`.
 STORE = "mlflow:store"
@@ -303,6 +308,7 @@ def open_run(
     config: MlflowConfig = context.mlflow  # type: ignore[attr-defined]
     for name in pipeline.datasets():
         catalog.get(name)  # one that can't be made fails here, before there is a run
+    _refuse_what_no_hook_heeds(context)
     run_params = _in_typed_order(run_params)
     secrets = secrets_of(context)
     variables = read_credentials(context)
@@ -334,6 +340,24 @@ def open_run(
             "in threads it may lose values. ParallelRunner keeps them all."
         )
     return run
+
+
+def _refuse_what_no_hook_heeds(context: KedroContext) -> None:
+    """Check that the extras which mlflow.yml asks for are there, with their hooks.
+
+    Raises:
+        ConfigError: When one isn't, saying how to get it.
+    """
+    config: MlflowConfig = context.mlflow  # type: ignore[attr-defined]
+    hooks = {type(hook).__name__ for hook in project.settings.HOOKS}
+    for name, extra in EXTRAS.items():
+        for key, value in extra.values.items():
+            if reduce(getattr, key, config) != value or extra.hook in hooks:
+                continue
+            if name in present():
+                what = f"{value} needs the hook of an extra: add {extra.hook}() to HOOKS"
+                raise mistake(context, key, f"{what} in settings.py")
+            raise mistake(context, key, hint(name, value))
 
 
 def prepare_untracked(context: KedroContext, catalog: DataCatalog) -> None:
@@ -491,6 +515,7 @@ def _tags(
     options = [*provenance.command_options(_typed(), context.project_path), *options]
     hidden = [secrets.hide_in(option) for option in options]
     return {
+        "km_template_version": VERSION.read_text("utf-8").strip(),
         **provenance.run_tags(secrets.hide(run_params), hidden, command),
         **provenance.source_tags(context.project_path, package_name()),
     }

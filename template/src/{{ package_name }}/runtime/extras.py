@@ -14,15 +14,26 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Extra:
-    """What an extra brings: commands of `kedro mlflow`, and public names, by their modules."""
+    """What an extra brings.
+
+    Commands of `kedro mlflow` and public names, by their modules; a hook of `HOOKS` in settings.py;
+    and values of keys in mlflow.yml that this hook heeds.
+    """
 
     commands: Mapping[str, str] = field(default_factory=dict)
     names: Mapping[str, str] = field(default_factory=dict)
+    hook: str = ""
+    values: Mapping[tuple[str, ...], str] = field(default_factory=dict)
 
 
 EXTRAS = {
     "console": Extra(commands={"doctor": "command", "runs": "command"}),
-    "offline": Extra(commands={"sync": "command"}, names={"OfflineHook": "hook"}),
+    "offline": Extra(
+        commands={"sync": "command"},
+        names={"OfflineHook": "hook"},
+        hook="OfflineHook",
+        values={("tracking", "on_unreachable"): "offline"},
+    ),
     "serving": Extra(
         commands={"modelify": "command"},
         names={
@@ -30,6 +41,7 @@ EXTRAS = {
             "ServingHook": "hook",
             "pipeline_ml_factory": "pipeline_ml",
         },
+        hook="ServingHook",
     ),
 }
 

@@ -23,6 +23,9 @@ from ..config.loading import is_database, read_credentials, written_values
 from ..extras import EXTRAS, MissingExtraError, load, owner_of_command, present
 from .session import opened
 
+# Describes mlflow.yml for editors.
+SCHEMA = Path(__file__).parents[1] / "mlflow.schema.json"
+
 
 class _Commands(click.Group):
     """The commands of the core, and those of extras, which are imported when they are used."""
@@ -74,7 +77,7 @@ def init(metadata: ProjectMetadata, env: str, force: bool) -> None:
     except yaml.YAMLError as error:
         reason = " ".join(str(error).split())
         raise click.ClickException(f"Nothing written, a file is no YAML: {reason}") from error
-    schema = Path(os.path.relpath(base / "mlflow.schema.json", file.parent)).as_posix()
+    schema = Path(os.path.relpath(SCHEMA, file.parent)).as_posix()
     file.write_text(commented_yaml(values, schema), encoding="utf-8")
     click.echo(f"Written: {file}")
 
