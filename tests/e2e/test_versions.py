@@ -180,7 +180,8 @@ def test_the_oldest_copier_generates_and_updates(clone: Path, tmp_path: Path, sh
     )
     copier = f"uvx --from copier=={oldest} --python {versions.interpreter(OLDEST.python)} copier"
     project = tmp_path / "my_project"
-    shell(f"{copier} copy --defaults {clone} {project}", tmp_path)
+    extras = "'--data=extras=[offline, serving, console]'"
+    shell(f"{copier} copy --defaults {extras} {clone} {project}", tmp_path)
     git(project, "init", "--quiet")
     commit_all(project, "Start")
     with (clone / "template/src/{{ package_name }}/settings.py").open("a") as settings:

@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import copier
@@ -178,7 +177,7 @@ def versions(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Versio
 
 
 @pytest.fixture
-def edited(versions: Versions, tmp_path: Path) -> Iterator[Path]:
+def edited(versions: Versions, tmp_path: Path) -> Path:
     """A project without extras whose owner has a hook of their own."""
     project = tmp_path / "project"
     data = {"project_name": "Penguin Study"}
@@ -189,7 +188,7 @@ def edited(versions: Versions, tmp_path: Path) -> Iterator[Path]:
     with (project / PACKAGE / "settings.py").open("a", encoding="utf-8") as file:
         file.write("\n# Mine.\nSESSION_ARGS = 1\n")
     commit(project)
-    yield project
+    return project
 
 
 def commit(project: Path) -> None:

@@ -348,7 +348,7 @@ def _refuse_what_no_hook_heeds(context: KedroContext) -> None:
     Raises:
         ConfigError: When one isn't, saying how to get it.
     """
-    config: MlflowConfig = context.mlflow  # type: ignore[attr-defined]
+    config: Any = context.mlflow  # type: ignore[attr-defined]
     hooks = {type(hook).__name__ for hook in project.settings.HOOKS}
     for name, extra in EXTRAS.items():
         for key, value in extra.values.items():
