@@ -169,7 +169,7 @@ def test_a_project_with_commands_and_a_linter_of_its_own_keeps_them(
         '@cli.command()\ndef hello():\n    click.echo("Hello!")\n'
     )
     commit_all(project, "My command")
-    copy, add, run, runs, _ = commands(INTO, clone)
+    copy, add, run, _ = commands(INTO, clone)
     (skip,) = re.findall(r"`(--skip=.*)` to Copier's command", INTO)
 
     shell(f"{copy} {skip}", project)
