@@ -163,10 +163,11 @@ PATTERN = "pattern_of_a_package"
 def pattern(
     generate: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Path]:
-    """Generate a project once for each set of answers: that takes most of a second."""
+    """Generate a project with all extras once for each set of answers: it takes a second."""
 
     @lru_cache
     def make(**answers: object) -> Path:
+        answers = {"extras": EXTRAS, **answers}
         return generate(
             tmp_path_factory.mktemp("pattern") / PATTERN, package_name=PATTERN, **answers
         )
@@ -200,9 +201,7 @@ def new_project(
     def make(**answers: object) -> Project:
         package = f"project_{os.getpid()}_{next(_numbers)}"
         packages.append(package)
-        copy_of(
-            pattern(**{"example": False, "extras": EXTRAS, **answers}), tmp_path / package, package
-        )
+        copy_of(pattern(**{"example": False, **answers}), tmp_path / package, package)
         if not has("kedro", "1.5"):
             let_pipelines_overlap(tmp_path / package, package)
         if not answers.get("example"):
