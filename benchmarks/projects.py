@@ -169,7 +169,7 @@ def generate(folder: Path) -> None:
         copier.run_copy(
             str(REPOSITORY),
             folder,
-            data={"example": False, "package_name": PACKAGE},
+            data={"example": False, "package_name": PACKAGE, "extras": ["serving"]},
             defaults=True,
             vcs_ref="HEAD",
             quiet=True,

@@ -161,7 +161,10 @@ def command_lines() -> Iterator[str]:
     """Describe each command of `kedro mlflow`, from click."""
     yield "# `kedro mlflow`\n"
     yield "Each works in any folder of a project, and lists its options with `--help`."
-    for name, command in sorted(commands.commands.items()):
+    group = click.Context(commands)
+    for name in commands.list_commands(group):
+        command = commands.get_command(group, name)
+        assert command, "it is listed"
         context = click.Context(command, info_name=f"kedro mlflow {name}")
         yield f"\n## `kedro mlflow {name}`\n\n{plain(cleandoc(command.help or ''))}\n"
         yield f"```text\n{' '.join([context.command_path, *command.collect_usage_pieces(context)])}"

@@ -23,6 +23,8 @@ for name in list(os.environ):
 
 Generate = Callable[..., Path]
 
+EXTRAS = ("offline", "serving", "console")
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all", action="store_true", help="test also what takes long")
@@ -61,6 +63,8 @@ def generate(template: Path) -> Generate:
     """Generate a project into a folder, with the answers given as keywords."""
 
     def generate(folder: Path, **answers: object) -> Path:
+        if "extras" in answers:
+            answers["extras"] = list(answers["extras"])  # type: ignore[call-overload]
         copier.run_copy(str(template), folder, data=answers, defaults=True, quiet=True)
         return folder
 

@@ -47,7 +47,6 @@ def to_kedro_mlflow(project: Path) -> None:
         'CONFIG_LOADER_ARGS = {"base_env": "base", "default_run_env": "local"}\n'
     )
     (project / ".copier-answers.yml").unlink()
-    (project / "conf/base/mlflow.schema.json").unlink()
     # It leaves a relative `sqlite:///` to the working directory, and has no default experiment.
     (project / "conf/base/mlflow.yml").write_text(
         f"server: {{mlflow_tracking_uri: 'sqlite:///{project.as_posix()}/mlflow.db'}}\n"
@@ -162,7 +161,7 @@ def test_the_example_logs_the_same_with_kedro_mlflow_and_after_moving_as_the_gui
     clone: Path, tmp_path: Path, shell: Shell
 ) -> None:
     project = tmp_path / "penguins"
-    shell(f"uvx copier copy --defaults {clone} {project}", tmp_path)
+    shell(f"uvx copier copy --defaults '--data=extras=[serving]' {clone} {project}", tmp_path)
     to_kedro_mlflow(project)
     git(project, "init", "--quiet")
     commit_all(project, "With kedro-mlflow")
@@ -174,6 +173,9 @@ def test_the_example_logs_the_same_with_kedro_mlflow_and_after_moving_as_the_gui
 
     shell(copy, project)
     switch_on(project)
+    settings = project / "src/penguins/settings.py"
+    text = settings.read_text().replace("MlflowHook, random", "MlflowHook, ServingHook, random")
+    settings.write_text(text.replace("(MlflowHook(),)", "(MlflowHook(), ServingHook())"))
     shell(change_paths, project)
     assert error in shell("uv run kedro run", project, status=1)
     assert len(runs_of(project)) == len(past)

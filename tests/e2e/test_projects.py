@@ -228,7 +228,7 @@ def test_a_clash_leaves_markers_that_the_projects_hook_refuses(
     settings = project / "src/my_project/settings.py"
     settings.write_text(settings.read_text().replace("# Tracks every run", "# My words"))
     commit_all(project, "Mine")
-    shipped = clone / "template/src/{{ package_name }}/settings.py"
+    shipped = clone / "template/src/{{ package_name }}/settings.py.jinja"
     shipped.write_text(shipped.read_text().replace("# Tracks every run", "# Their words"))
     commit_all(clone, "Second version")
     git(clone, "tag", "v0.2.0")

@@ -43,7 +43,7 @@ def test_the_guide_leads_from_training_to_predictions_anywhere(
 ) -> None:
     project = tmp_path / "penguins"
     store = f"sqlite:///{project.as_posix()}/mlflow.db"
-    shell(f"uvx copier copy --defaults {clone} {project}", tmp_path)
+    shell(f"uvx copier copy --defaults '--data=extras=[serving]' {clone} {project}", tmp_path)
     shell("uv sync --quiet", project)
     code = (project / "src/penguins/pipelines/service/pipeline.py").read_text()
     for line in TIE.splitlines():
@@ -229,7 +229,8 @@ table: {type: pandas.CSVDataset, filepath: data/table.csv, save_args: {index: fa
 def shop(clone: Path, tmp_path: Path, shell: Shell) -> Path:
     """A project whose pipeline makes models of several kinds, one of them of a pipeline."""
     project = tmp_path / "shop"
-    shell(f"uvx copier copy --defaults --data example=false {clone} {project}", tmp_path)
+    answers = "--data=example=false '--data=extras=[serving]'"
+    shell(f"uvx copier copy --defaults {answers} {clone} {project}", tmp_path)
     file = project / "pyproject.toml"
     index = "https://me:secret@pypi.org/simple"
     declared = "weighing scikit-learn xgboost-cpu lightgbm statsmodels".split()

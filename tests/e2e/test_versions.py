@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from ..conftest import REPOSITORY, Generate
+from ..conftest import EXTRAS, REPOSITORY, Generate
 from ..runtime.servers import free_port, running
 from . import versions
 from .conftest import Shell, commit_all, environment, git
@@ -83,7 +83,7 @@ def test_the_example_works_with(
 ) -> None:
     everything = pytestconfig.getoption("--all")
     runners = ["ParallelRunner", *(["ThreadRunner", "SequentialRunner"] if everything else [])]
-    project = generate(tmp_path / "penguins", project_name="penguins")
+    project = generate(tmp_path / "penguins", project_name="penguins", extras=EXTRAS)
     run = with_versions(case, project)
     for package in json.loads(shell("uv pip list --quiet --format=json --python=.venv", project)):
         if package["name"] in PACKAGES:
@@ -134,7 +134,11 @@ def test_a_run_without_its_server_is_sent_later_with(
     tmp_path: Path,
 ) -> None:
     project = generate(
-        tmp_path / "greeting", project_name="greeting", example=False, scale_out="dask"
+        tmp_path / "greeting",
+        project_name="greeting",
+        example=False,
+        scale_out="dask",
+        extras=EXTRAS,
     )
     run = with_versions(case, project)
     port = free_port()
@@ -180,10 +184,11 @@ def test_the_oldest_copier_generates_and_updates(clone: Path, tmp_path: Path, sh
     )
     copier = f"uvx --from copier=={oldest} --python {versions.interpreter(OLDEST.python)} copier"
     project = tmp_path / "my_project"
-    shell(f"{copier} copy --defaults {clone} {project}", tmp_path)
+    extras = "'--data=extras=[offline, serving, console]'"
+    shell(f"{copier} copy --defaults {extras} {clone} {project}", tmp_path)
     git(project, "init", "--quiet")
     commit_all(project, "Start")
-    with (clone / "template/src/{{ package_name }}/settings.py").open("a") as settings:
+    with (clone / "template/src/{{ package_name }}/settings.py.jinja").open("a") as settings:
         settings.write("# new\n")
     commit_all(clone, "Second version")
     git(clone, "tag", "v0.2.0")

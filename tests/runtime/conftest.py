@@ -30,6 +30,7 @@ from mlflow.tracking import fluent
 from mlflow.utils.autologging_utils import AUTOLOGGING_INTEGRATIONS
 from packaging.version import Version
 
+from ..conftest import EXTRAS
 from .s3 import S3, s3_server
 from .servers import CountingProxy, counting_proxy, mlflow_server
 
@@ -162,10 +163,11 @@ PATTERN = "pattern_of_a_package"
 def pattern(
     generate: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Path]:
-    """Generate a project once for each set of answers: that takes most of a second."""
+    """Generate a project with all extras once for each set of answers: it takes a second."""
 
     @lru_cache
     def make(**answers: object) -> Path:
+        answers = {"extras": EXTRAS, **answers}
         return generate(
             tmp_path_factory.mktemp("pattern") / PATTERN, package_name=PATTERN, **answers
         )
@@ -190,7 +192,7 @@ def copy_of(pattern: Path, path: Path, package: str) -> None:
 def new_project(
     tmp_path: Path, pattern: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[..., Project]]:
-    """Make projects whose store doesn't exist yet; leaves no trace of them in this process."""
+    """Make projects with all extras and no store yet; leaves no trace of them in this process."""
     monkeypatch.setattr(sys, "path", sys.path[:])
     monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))
     autologging = deepcopy(AUTOLOGGING_INTEGRATIONS)

@@ -172,7 +172,9 @@ def test_init_works_in_any_folder_of_the_project_and_names_the_schema(
     (written,) = re.findall(r"Written: (.+)", ended.stdout)
     first = Path(written).read_text("utf-8").splitlines()[0]
     schema = Path(written).parent / first.removeprefix("# yaml-language-server: $schema=")
-    assert schema.resolve() == project.path / "conf" / "base" / "mlflow.schema.json"
+    assert schema.resolve() == (
+        project.path / "src" / project.package / "runtime" / "mlflow.schema.json"
+    )
 
 
 @dataclass

@@ -40,6 +40,7 @@ from pydantic import BaseModel
 
 from runtime.config.keys import MlflowConfig
 
+from ..conftest import EXTRAS
 from .conftest import Project, has, let_pipelines_overlap
 from .servers import CountingProxy
 from .test_runs import ONE_NODE
@@ -143,7 +144,9 @@ def one_project(
 ) -> Iterator[Project]:
     """Make a project for all tests of a module; afterwards this process is as it was."""
     package = f"project_{os.getpid()}_{folder.name}"
-    project = Project(generate(folder / package, package_name=package, example=False), package)
+    project = Project(
+        generate(folder / package, package_name=package, example=False, extras=EXTRAS), package
+    )
     shutil.rmtree(project.path / "src" / package / "pipelines" / "first")
     shutil.copy(empty_store, project.path)
     if not has("kedro", "1.5"):

@@ -7,11 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from ..conftest import REPOSITORY
 from .conftest import Project
 
 GUIDE = (REPOSITORY / "docs" / "runs.md").read_text("utf-8")
-NODE, AROUND = re.findall(r"^```python\n(.*?)^```$", GUIDE, re.DOTALL | re.MULTILINE)
+NODE, AROUND, MEASURE, KEEP_APART = re.findall(
+    r"^```python\n(.*?)^```$", GUIDE, re.DOTALL | re.MULTILINE
+)
 (COMMANDS,) = re.findall(r"^```console\n(.*?)^```$", GUIDE, re.DOTALL | re.MULTILINE)
 
 PIPELINE = f"""
@@ -75,3 +79,24 @@ def test_the_commands_of_the_guide_make_one_run(project: Project) -> None:
     )
 
     check(project, None, "RUNNING")
+
+
+def test_the_hooks_of_the_guide_reach_the_run_and_have_it_in_another_store(
+    project: Project, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(project)
+    for name, code in (("measure", MEASURE), ("keep_apart", KEEP_APART)):
+        project.write(f"src/{project.package}/{name}.py", code)
+    settings = project.path / "src" / project.package / "settings.py"
+    hooks = "from .keep_apart import KeepApart\nfrom .measure import Measure\n\n"
+    hooks += "HOOKS = (Measure(), MlflowHook(), KeepApart())\n"
+    settings.write_text(re.sub(r"HOOKS = .*\n", hooks, settings.read_text("utf-8")), "utf-8")
+
+    project.run()
+
+    assert project.all_runs() == []
+    project.tracking_uri = f"sqlite:///{project.path.as_posix()}/apart.db"
+    check(project, "__default__", "FINISHED")
+    (run,) = [r for r in project.all_runs() if "mlflow.parentRunId" not in r.data.tags]
+    assert run.data.tags["measured"] == "yes"
+    assert f"The run has ended: {run.info.run_id}" in capsys.readouterr().out

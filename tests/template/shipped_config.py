@@ -7,7 +7,8 @@ from pathlib import Path
 
 from runtime.config.keys import commented_yaml, json_schema
 
-BASE = Path(__file__).parents[2] / "template" / "conf" / "base"
+TEMPLATE = Path(__file__).parents[2] / "template"
+SCHEMA = "src/{{ package_name }}/runtime/mlflow.schema.json"
 
 
 def files() -> dict[Path, str]:
@@ -30,8 +31,8 @@ def files() -> dict[Path, str]:
         ),
     }
     return {
-        BASE / "mlflow.yml.jinja": commented_yaml(answers),
-        BASE / "mlflow.schema.json": json.dumps(json_schema(), indent=2) + "\n",
+        TEMPLATE / "conf/base/mlflow.yml.jinja": commented_yaml(answers, f"../../{SCHEMA}"),
+        TEMPLATE / SCHEMA: json.dumps(json_schema(), indent=2) + "\n",
     }
 
 

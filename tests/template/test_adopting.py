@@ -7,12 +7,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ..conftest import Generate
+from ..conftest import EXTRAS, Generate
 from .conftest import files
 
 COMES = {
     ".copier-answers.yml",
-    "conf/base/mlflow.schema.json",
     "conf/base/mlflow.yml",
     "src/flights/cli.py",
 }
@@ -48,6 +47,20 @@ def test_the_runtime_comes_into_the_package_that_is_there_and_changes_nothing(
     before = files(project)
 
     generate(project, adopt=True)
+
+    assert added(project, before) == COMES
+    ours = files(template / "template/src/{{ package_name }}/runtime")
+    assert files(project / "src/flights/runtime") == {
+        name: text for name, text in ours.items() if name.split("/")[0] not in EXTRAS
+    }
+
+
+def test_an_adopting_project_gets_the_extras_that_it_asks_for(
+    generate: Generate, project: Path, template: Path
+) -> None:
+    before = files(project)
+
+    generate(project, adopt=True, extras=EXTRAS)
 
     assert added(project, before) == COMES
     ours = files(template / "template/src/{{ package_name }}/runtime")

@@ -220,7 +220,8 @@ def settings(generate: Generate, tmp_path_factory: pytest.TempPathFactory) -> di
         stdout=subprocess.PIPE,
         encoding="utf-8",
     )
-    found: dict[str, Any] = json.loads(shown.stdout)
+    # Kedro says first which configuration of logging it has.
+    found: dict[str, Any] = json.loads(shown.stdout.splitlines()[-1])
     return found
 
 

@@ -19,7 +19,7 @@ import pytest
 import yaml
 from pre_commit_hooks.check_merge_conflict import main as check_merge_conflict
 
-from ..conftest import REPOSITORY
+from ..conftest import EXTRAS, REPOSITORY
 from .conftest import files, git
 from .versions import KEPT, LEFT, NOW, Versions, append, make_versions
 
@@ -45,6 +45,8 @@ WITH_A_CHOICE = {
     "conf/docker/mlflow.yml",
     "src/penguin_study/runner.py",
 }
+# So does what a version takes out of the runtime, and the schema, which has moved there.
+TEMPLATES_OWN = re.compile(r"src/penguin_study/runtime/.*|conf/base/mlflow\.schema\.json")
 
 
 @pytest.fixture(scope="session")
@@ -121,7 +123,8 @@ def work_on(project: Path, theirs: Files, chosen: random.Random) -> list[bytes]:
     for name, text in content(project).items():
         path = project / name
         role = chosen.choice(["edit"] * 5 + ["leave"] * 6 + ["delete", "rename", "make executable"])
-        goes = name in WITH_A_CHOICE and name not in theirs
+        can_go = name in WITH_A_CHOICE or TEMPLATES_OWN.fullmatch(name)
+        goes = can_go and name not in theirs
         if name == ANSWERS_FILE or goes or role == "leave":
             continue
         if role == "edit":
@@ -231,7 +234,8 @@ def test_an_update_merges_what_its_owner_did_with_what_is_new(
     case = choose_case(chosen, versions)
     project = under_git(copy(versions, case.old, case.answers, tmp_path / "project"))
     base = content(project)
-    answers = yaml.safe_load(base[ANSWERS_FILE]) | case.changes
+    # What was generated without the question has all extras.
+    answers = {"extras": list(EXTRAS)} | yaml.safe_load(base[ANSWERS_FILE]) | case.changes
     if "artifact_store" in case.changes:
         answers.pop("artifact_location", None)  # the default of the other store
     theirs = content(copy(versions, case.new, answers, tmp_path / "new"))
@@ -265,24 +269,25 @@ def refuses(path: Path) -> bool:
 # -- a clash, other ways to be updated, and what runs afterwards ------------------------------
 
 
-def test_edits_of_a_file_that_is_renamed_clash_where_they_are(
+def test_edits_of_a_file_that_is_moved_clash_where_they_are_but_for_the_runtime(
     versions: Versions, tmp_path: Path
 ) -> None:
     project = under_git(copy(versions, NOW, {}, tmp_path / "penguins"))
-    for name in ("src/penguin_study/runtime/showing.py", "conf/base/mlflow.schema.json"):
+    resolvers = "src/penguin_study/runtime/config/resolvers.py"
+    for name in ("conf/README.md", "conf/prod/mlflow.yml", resolvers):
         append(project / name, "# Mine.")
     commit(project, "Mine")
 
     update(project)
 
-    runtime = project / "src/penguin_study/runtime"
-    assert "# Mine." in (runtime / "showing.py").read_text("utf-8")
-    assert "Is displaying.py now" in (runtime / "showing.py").read_text("utf-8")
-    assert "def show_latest" in (runtime / "displaying.py").read_text("utf-8")
-    assert unmerged(project) == {"src/penguin_study/runtime/showing.py"}
+    assert "# Mine." in (project / "conf/README.md").read_text("utf-8")
+    assert "Is conf/FOLDERS.md now" in (project / "conf/README.md").read_text("utf-8")
+    assert unmerged(project) == {"conf/README.md"}
     # The owner has this one now.
-    assert "# Mine." in (project / "conf/base/mlflow.schema.json").read_text("utf-8")
-    assert git(project, "diff", "--name-only", "--diff-filter=D") == ""
+    assert "# Mine." in (project / "conf/prod/mlflow.yml").read_text("utf-8")
+    # The runtime is the template's, and git has what was changed in it.
+    assert git(project, "diff", "--name-only", "--diff-filter=D") == f"{resolvers}\n"
+    assert "# Mine." in git(project, "show", f"HEAD:{resolvers}")
 
 
 def test_projects_have_the_version_of_the_hook_that_is_tested() -> None:

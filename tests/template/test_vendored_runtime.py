@@ -22,7 +22,7 @@ INSTALLED = set(
 )
 
 # What is a model of MLflow, and what logs it: imported in functions, where a model is at hand.
-OF_MODELS = {"packing", "pipeline_model"}
+OF_MODELS = {"modelify", "packing", "pipeline_model"}
 
 
 @pytest.fixture(params=MODULES, ids=lambda path: path.relative_to(RUNTIME).as_posix())
@@ -66,10 +66,21 @@ def test_the_top_folder_links_to_the_runtime() -> None:
     assert (REPOSITORY / "runtime").resolve() == RUNTIME.resolve()
 
 
-def test_the_runtime_holds_python_only() -> None:
+def test_the_runtime_holds_python_its_version_and_the_schema_of_mlflow_yml_only() -> None:
     others = [path for path in RUNTIME.rglob("*") if path.is_file() and path not in MODULES]
 
-    assert [path for path in others if path.parent.name != "__pycache__"] == []
+    assert {path.name for path in others if path.parent.name != "__pycache__"} == {
+        "VERSION",
+        "mlflow.schema.json",
+    }
+
+
+def test_the_runtimes_version_is_the_latest_of_the_changelog() -> None:
+    changelog = (REPOSITORY / "CHANGELOG.md").read_text("utf-8")
+    latest = re.search(r"^## v(\S+)$", changelog, re.MULTILINE)
+
+    assert latest
+    assert (RUNTIME / "VERSION").read_text("utf-8") == f"{latest[1]}\n"
 
 
 def test_a_module_imports_nothing_beyond_kedro_and_mlflow(module: Path) -> None:

@@ -14,13 +14,12 @@ from .conftest import git
 NOW = "v1000.0.0"
 RUNTIME = "template/src/{{ package_name }}/runtime"
 
-# What the artificial versions take away: a line is left there, or the file stays as it is.
+# What the artificial versions take away outside of the runtime, which is the template's: a line is
+# left there, or the file stays as it is.
 LEFT = {
-    "src/penguin_study/runtime/showing.py": b'"""Is displaying.py now: bring changes there."""\n',
-    "src/penguin_study/runtime/added.py": b'"""Is not needed any more."""\n',
     "conf/README.md": b"Is conf/FOLDERS.md now: bring changes there.\n",
 }
-KEPT = {"conf/base/mlflow.schema.json"}
+KEPT = {"conf/prod/mlflow.yml"}
 
 
 class Versions(NamedTuple):
@@ -133,10 +132,8 @@ def change_what_belongs_to_the_owner(template: Path) -> None:
 
 def rename_a_runtime_file(template: Path) -> None:
     runtime = template / RUNTIME
-    shutil.copy(runtime / "showing.py", runtime / "displaying.py")
-    for user in ("cli.py", "doctor.py"):
-        replace(runtime / user, "from .showing", "from .displaying")
-    leave_a_line(template, f"{RUNTIME}/showing.py", "src/penguin_study/runtime/showing.py")
+    (runtime / "config/resolvers.py").rename(runtime / "config/naming.py")
+    replace(runtime / "__init__.py", "config.resolvers", "config.naming")
 
 
 def ask_a_new_question(template: Path) -> None:
@@ -157,12 +154,12 @@ def move_a_file(template: Path) -> None:
 
 
 def remove_a_runtime_file(template: Path) -> None:
-    leave_a_line(template, f"{RUNTIME}/added.py", "src/penguin_study/runtime/added.py")
+    (template / RUNTIME / "added.py").unlink()
 
 
 def give_a_file_to_the_owner(template: Path) -> None:
-    (template / "template/conf/base/mlflow.schema.json").unlink()
-    exclude(template, "/conf/base/mlflow.schema.json")
+    (template / "template/conf/prod/mlflow.yml.jinja").unlink()
+    exclude(template, "/conf/prod/mlflow.yml")
 
 
 CHANGES = [

@@ -9,6 +9,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from . import extras
+
 if TYPE_CHECKING:
     from .config.config_loader import ConfigLoader
     from .config.errors import ConfigError
@@ -27,8 +29,10 @@ if TYPE_CHECKING:
     )
     from .datasets.tables import MlflowRunsDataset, MlflowTableDataset
     from .hooks import MlflowHook
-    from .serving.pipeline_ml import pipeline_ml_factory
-    from .serving.pipeline_model import KedroPipelineModel
+    from .offline.hook import OfflineHook as OfflineHook
+    from .serving.hook import ServingHook as ServingHook
+    from .serving.pipeline_ml import pipeline_ml_factory as pipeline_ml_factory
+    from .serving.pipeline_model import KedroPipelineModel as KedroPipelineModel
     from .stores.project import MlflowConfig
 
 _MODULES = {
@@ -46,15 +50,12 @@ _MODULES = {
     "MlflowModelTrackingDataset": "datasets.models",
     "MlflowRunsDataset": "datasets.tables",
     "MlflowTableDataset": "datasets.tables",
-    "KedroPipelineModel": "serving.pipeline_model",
-    "pipeline_ml_factory": "serving.pipeline_ml",
     "random_name": "config.resolvers",
 }
 
 __all__ = [
     "ConfigError",
     "ConfigLoader",
-    "KedroPipelineModel",
     "MlflowArtifactDataset",
     "MlflowConfig",
     "MlflowHook",
@@ -67,12 +68,16 @@ __all__ = [
     "MlflowModelTrackingDataset",
     "MlflowRunsDataset",
     "MlflowTableDataset",
-    "pipeline_ml_factory",
     "random_name",
 ]
+__all__ += sorted(extras.public_names())
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
+    if extra := extras.owner_of_name(name):
+        module = extras.load(extra, extras.EXTRAS[extra].names[name], f"`{name}`")
+    elif name in _MODULES:
+        module = import_module(f".{_MODULES[name]}", __name__)
+    else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_MODULES[name]}", __name__), name)
+    return getattr(module, name)

@@ -8,9 +8,11 @@ import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass, field, fields
-from functools import partial
+from functools import partial, reduce
 from inspect import isgeneratorfunction
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
@@ -19,7 +21,7 @@ from kedro.framework import project
 
 from . import _kedro
 from .config.errors import ConfigError, SettingError
-from .config.keys import RequestHeaderProviderOptions
+from .config.keys import ExperimentOptions, RequestHeaderProviderOptions
 from .config.loading import (
     all_credentials,
     configured_package,
@@ -29,13 +31,12 @@ from .config.loading import (
 )
 from .datasets import outputs
 from .datasets.base import TrackedDataset
-from .offline import OF_RUNS, replay_after_run
-from .offline.disk import Disk, disk_of, open_for_run
-from .serving.pipeline_ml import PipelineML
+from .datasets.models import MlflowModelTrackingDataset
+from .extras import EXTRAS, hint, present
 from .stores import credentials
 from .stores import errors as failures
 from .stores.project import MlflowConfig, register_header_provider
-from .stores.server import lack_of_models
+from .stores.server import Server, lack_of_models
 from .tracking import autologging, params, process, provenance
 from .tracking.ending import finish
 from .tracking.handle import RunHandle
@@ -45,10 +46,6 @@ if TYPE_CHECKING:
     from kedro.framework.context import KedroContext
     from kedro.io import DataCatalog
     from kedro.pipeline import Pipeline
-    from mlflow.models.model import ModelInfo
-
-    from .config.keys import TrackingOptions
-    from .serving.pipeline_model import KedroPipelineModel
 
 logger = logging.getLogger(__name__)
 
@@ -56,13 +53,32 @@ logger = logging.getLogger(__name__)
 # it, pickled, to every worker.
 ENTRY = "mlflow:run"
 
+# Names the version of the template that the runtime is of.
+VERSION = Path(__file__).with_name("VERSION")
+
+# The entry that `keep_run_in` leaves for `open_run`.
+STORE = "mlflow:store"
+
+# The context whose pipeline this thread is about to run. Kedro gives `before_pipeline_run` no
+# context, and a service session shares hooks between threads.
+_context: ContextVar[KedroContext] = ContextVar("kedro_context")
+
+
+def use_context(context: KedroContext) -> None:
+    """Take a context for that of the pipeline which this thread runs next."""
+    _context.set(context)
+
+
+def context_of_run() -> KedroContext:
+    """Return the context whose pipeline this thread is about to run, for `before_pipeline_run`."""
+    return _context.get()
+
 
 @dataclass(frozen=True)
 class Binding:
     """What the catalog carries: the run, and what a worker has to know of where it comes from."""
 
     run: RunHandle | None  # None where tracking is disabled
-    disk: Disk | None  # where the run is before it is replayed to the server
     package_name: str
     header_provider: RequestHeaderProviderOptions
     secrets: params.Secrets
@@ -164,75 +180,6 @@ def log_output(catalog: DataCatalog, name: str, data: Any, *, in_chunks: bool = 
         log()
 
 
-def _check_model(pipeline: PipelineML, catalog: DataCatalog, secrets: params.Secrets) -> None:
-    """See before the run whether the inference pipeline can be logged as a model at its end."""
-    if pipeline.missing:
-        names = ", ".join(sorted(pipeline.missing))
-        logger.warning("No model will be logged: %s isn't in the part that runs", names)
-        return
-    from .serving.packing import check
-
-    model = _model_of(pipeline, catalog)
-    check(model, catalog, secrets, pipeline.log_model_kwargs, given=pipeline.inputs())
-
-
-def log_model(catalog: DataCatalog, pipeline: Pipeline) -> None:
-    """Log the inference pipeline of a training that has run, when it has one."""
-    binding = _binding_of(catalog)
-    if isinstance(pipeline, PipelineML) and binding and binding.run and not pipeline.missing:
-        from .serving.packing import log
-
-        model, arguments = _model_of(pipeline, catalog), pipeline.log_model_kwargs
-        log(binding.run, model, catalog, binding.package_name, arguments)
-
-
-def _model_of(pipeline: PipelineML, catalog: DataCatalog) -> KedroPipelineModel:
-    from .serving.pipeline_model import KedroPipelineModel
-
-    return KedroPipelineModel(
-        pipeline.inference, catalog, pipeline.input_name, **pipeline.kpm_kwargs
-    )
-
-
-def modelify(
-    context: KedroContext,
-    run_params: dict[str, Any],
-    pipeline: Pipeline,
-    input_name: str,
-    copy_mode: str,
-    arguments: dict[str, Any],
-    options: Sequence[str],
-) -> ModelInfo:
-    """Log a pipeline as a model to a run of its own, with what the catalog has for it now.
-
-    Args:
-        context: The project's.
-        run_params: What Kedro would pass to hooks if the pipeline ran.
-        pipeline: The pipeline, or one of `pipeline_ml_factory`, whose inference is taken.
-        input_name: The input that is given for each prediction.
-        copy_mode: See `KedroPipelineModel`.
-        arguments: See `packing.log`.
-        options: What the command that repeats this has besides pipeline, environment and
-            parameters.
-    """
-    from .serving import packing
-    from .serving.pipeline_model import KedroPipelineModel
-
-    catalog: DataCatalog = context.catalog  # type: ignore[assignment]
-    model = KedroPipelineModel(pipeline, catalog, input_name, copy_mode=copy_mode)
-    packing.check(model, catalog, _secrets(context), arguments)
-    track(context, run_params, model.pipeline, catalog, ("mlflow", "modelify"), options)
-    try:
-        run = run_of(catalog)
-        assert run, "a command of its own is always tracked"
-        info = packing.log(run, model, catalog, package_name(), arguments)
-    except BaseException as error:
-        fail(catalog, error)
-        raise
-    end(catalog, "FINISHED")
-    return info
-
-
 def fail(catalog: DataCatalog, error: BaseException) -> None:
     """End the run of a catalog as FAILED, with the reason."""
     report(catalog, error)
@@ -242,11 +189,9 @@ def fail(catalog: DataCatalog, error: BaseException) -> None:
 
 def end(catalog: DataCatalog, status: str) -> None:
     """End the run of a catalog, and take its credentials back."""
-    binding = _binding_of(catalog)
-    if binding and binding.run and binding.run.is_ours:
-        finish(binding.run, status)
-        if binding.disk:
-            replay_after_run(binding.disk, binding.run.run_id, binding.variables)
+    run = run_of(catalog)
+    if run and run.is_ours:
+        finish(run, status)
     credentials.take_back(_untracked(catalog))
 
 
@@ -294,124 +239,222 @@ def _warning_of_failures() -> Iterator[None]:
         logger.warning("MLflow could not be told why the run fails: %s", error)
 
 
-def track(
+@dataclass(frozen=True)
+class RunStore:
+    """Where a run is kept instead of on the server that mlflow.yml names."""
+
+    server: Server
+    experiment: ExperimentOptions
+    variables: Mapping[str, str]
+
+
+def keep_run_in(
+    catalog: DataCatalog,
+    server: Server,
+    experiment: ExperimentOptions,
+    variables: Mapping[str, str] | None = None,
+) -> None:
+    """Have the run of a catalog opened in another store than mlflow.yml names.
+
+    For a hook whose `before_pipeline_run` is a wrapper with `tryfirst`, so that it is called before
+    the run is opened, wherever it stands in `HOOKS`.
+
+    Args:
+        catalog: The catalog of the Kedro run.
+        server: The store. Where its `replayed_to` is set, the Mlflow datasets still load models and
+            artifacts of other runs from the project's server.
+        experiment: The experiment in that store.
+        variables: Environment variables for the run, where neither the environment nor the
+            credentials have them.
+
+    Raises:
+        RuntimeError: When the run is open already.
+    """
+    if _binding_of(catalog):
+        raise RuntimeError(
+            "keep_run_in: the run is open already, expected a call before that: in a "
+            "before_pipeline_run with @hook_impl(wrapper=True, tryfirst=True)"
+        )
+    catalog[STORE] = RunStore(server, experiment, dict(variables or {}))
+
+
+def is_tracked(context: KedroContext, run_params: Mapping[str, Any]) -> bool:
+    """Check whether a Kedro run is tracked: not where each of its pipelines is disabled."""
+    config: MlflowConfig = context.mlflow  # type: ignore[attr-defined]
+    disabled = config.tracking.disable_tracking.pipelines
+    return not set(provenance.pipeline_names(run_params)) <= set(disabled)
+
+
+def open_run(
     context: KedroContext,
     run_params: dict[str, Any],
     pipeline: Pipeline,
     catalog: DataCatalog,
     command: Sequence[str] = ("run",),
     options: Sequence[str] = (),
-) -> None:
-    """Open the run of a pipeline and bind it to the catalog and its Mlflow datasets.
+) -> RunHandle:
+    """Open the MLflow run of a Kedro run, with its parameters and tags.
 
-    Another `command` than `kedro run` is tracked also where tracking is disabled.
+    Args:
+        context: The project's.
+        run_params: What Kedro passes to hooks.
+        pipeline: The part of the pipeline that runs.
+        catalog: Its catalog.
+        command: The words after `kedro` of the command that repeats the run.
+        options: What that command has besides what was typed for `kedro run`.
 
     Raises:
-        ConfigError: When a parameter is too long and `long_params_strategy` is `fail`.
-        PipelineError: When a model can't be made of the pipeline's inference.
+        ConfigError: When a parameter is too long and `long_params_strategy` is `fail`, or a setting
+            names what isn't there.
     """
     config: MlflowConfig = context.mlflow  # type: ignore[attr-defined]
-    typed = set(_typed().get("pipelines") or ())
-    if typed and typed == set(run_params.get("pipeline_names") or ()):
-        # Kedro passes what was typed in any order, another one each time.
-        run_params = {**run_params, "pipeline_names": list(dict.fromkeys(_typed()["pipelines"]))}
-    names = provenance.pipeline_names(run_params)
-    server = config.server.connection
-    # A dataset that can't be made fails here, before there is a run.
-    datasets = {name: catalog.get(name) for name in pipeline.datasets()}
-    secrets = _secrets(context)
-    run = disk = None
-    disabled = set(names) <= set(config.tracking.disable_tracking.pipelines)
-    if not disabled or command != ("run",):
-        variables = read_credentials(context)
+    for name in pipeline.datasets():
+        catalog.get(name)  # one that can't be made fails here, before there is a run
+    _refuse_what_no_hook_heeds(context)
+    run_params = _in_typed_order(run_params)
+    secrets = secrets_of(context)
+    variables = read_credentials(context)
+    register_header_provider(context)
+    logged, tags = _parameters(config, pipeline, catalog, secrets)
+    server, tracked_as = config.server.connection, config.tracking
+    if STORE in list(catalog):
+        store: RunStore = catalog[STORE].load()
+        server = store.server
+        tracked_as = tracked_as.model_copy(update={"experiment": store.experiment})
+        unset = {key: text for key, text in store.variables.items() if key not in os.environ}
+        variables = {**unset, **variables}
+    name = config.tracking.run.name or "+".join(provenance.pipeline_names(run_params))
+    try:
+        run = start(
+            server,
+            tracked_as,
+            name=secrets.hide_in(name),
+            params=logged,
+            tags={**_tags(context, run_params, secrets, command, options), **tags},
+            variables=variables,
+            project_path=context.project_path,
+        )
+    except SettingError as error:
+        raise mistake(context, error.key, secrets.hide_in(str(error))) from error
+    if config.tracking.autolog and provenance.runner_name(run_params) == "ThreadRunner":
+        logger.warning(
+            "MLflow's autologging follows one fit at a time in a process: of fits that overlap "
+            "in threads it may lose values. ParallelRunner keeps them all."
+        )
+    return run
+
+
+def _refuse_what_no_hook_heeds(context: KedroContext) -> None:
+    """Check that the extras which mlflow.yml asks for are there, with their hooks.
+
+    Raises:
+        ConfigError: When one isn't, saying how to get it.
+    """
+    config: Any = context.mlflow  # type: ignore[attr-defined]
+    hooks = {type(hook).__name__ for hook in project.settings.HOOKS}
+    for name, extra in EXTRAS.items():
+        for key, value in extra.values.items():
+            if reduce(getattr, key, config) != value or extra.hook in hooks:
+                continue
+            if name in present():
+                what = f"{value} needs the hook of an extra: add {extra.hook}() to HOOKS"
+                raise mistake(context, key, f"{what} in settings.py")
+            raise mistake(context, key, hint(name, value))
+
+
+def prepare_untracked(context: KedroContext, catalog: DataCatalog) -> None:
+    """Let the datasets of a catalog without a run load models and artifacts from the server."""
+    config: MlflowConfig = context.mlflow  # type: ignore[attr-defined]
+    try:
+        credentials.export(_untracked(catalog), read_credentials(context))
         register_header_provider(context)
-        if isinstance(pipeline, PipelineML):
-            _check_model(pipeline, catalog, secrets)
-        logged, tags = _parameters(config, pipeline, catalog, secrets)
-        options_of_run: TrackingOptions = config.tracking
-        store = server
-        if disk := _disk(config, context):
-            logger.info(
-                "The run is kept on disk until it has ended: `kedro mlflow ui --offline` shows it"
-            )
-            store, options_of_run = disk.store, open_for_run(disk, config.tracking)
-            unset = {key: text for key, text in OF_RUNS.items() if key not in os.environ}
-            variables = {**unset, **variables}
-        try:
-            run = start(
-                store,
-                options_of_run,
-                name=secrets.hide_in(config.tracking.run.name or "+".join(names)),
-                params=logged,
-                tags={**_tags(context, run_params, secrets, command, options), **tags},
-                variables=variables,
-                project_path=context.project_path,
-            )
-        except SettingError as error:
-            raise mistake(context, error.key, secrets.hide_in(str(error))) from error
-        if run.server != store:  # an open run elsewhere, which this one is a part of
-            disk = None
-        if disk is None:
-            server = run.server
-        if config.tracking.autolog and provenance.runner_name(run_params) == "ThreadRunner":
-            logger.warning(
-                "MLflow's autologging follows one fit at a time in a process: of fits that overlap "
-                "in threads it may lose values. ParallelRunner keeps them all."
-            )
-    else:
-        # Its datasets may still load models or artifacts from the server.
-        try:
-            credentials.export(_untracked(catalog), read_credentials(context))
-            register_header_provider(context)
-        except ConfigError as error:
-            logger.info("Without credentials, because nothing is tracked: %s", error.message)
-        if config.tracking.disable_tracking.disable_autologging and "mlflow" in sys.modules:
-            autologging.keep_quiet()  # it would make a run of its own
+    except ConfigError as error:
+        logger.info("Without credentials, because nothing is tracked: %s", error.message)
+    if config.tracking.disable_tracking.disable_autologging and "mlflow" in sys.modules:
+        autologging.keep_quiet()  # it would make a run of its own
+
+
+def bind(
+    context: KedroContext,
+    pipeline: Pipeline,
+    catalog: DataCatalog,
+    run: RunHandle | None,
+) -> None:
+    """Bind a run, or None where nothing is tracked, to a catalog and its Mlflow datasets.
+
+    Raises:
+        ConfigError: When the server is too old for the models that datasets log.
+    """
+    config: MlflowConfig = context.mlflow  # type: ignore[attr-defined]
+    datasets = {name: catalog.get(name) for name in pipeline.datasets()}
     catalog[ENTRY] = Binding(
         run,
-        disk,
         package_name(),
         config.server.request_header_provider,
-        secrets,
+        secrets_of(context),
         tuple(config.tracking.artifacts.datasets),
         config.tracking.autolog if run else {},
         credentials.exported(run.opening if run else _untracked(catalog)),
         os.getpid(),
         tuple(process.managers()),
     )
-
-    generators = [node for node in pipeline.nodes if isgeneratorfunction(node.func)]
-    in_chunks = {name for node in generators for name in node.outputs}
     try:
-        for name, dataset in datasets.items():
-            tracked = _kedro.uncached(dataset)
-            if isinstance(tracked, TrackedDataset):
-                tracked.in_chunks = name in in_chunks
-                tracked.bind(server, run, name)
-        logs_models = run is not None and _logs_models(pipeline, datasets)
-        if logs_models and (lack := lack_of_models(server)):
-            raise mistake(context, lack.key, str(lack))
+        _bind_datasets(pipeline, datasets, _server_of(context, run), run)
+        if run and _saves_models(pipeline, datasets):
+            refuse_old_server(context, run)
     except BaseException as error:  # a dataset may look at its place, which may not be reachable
         fail(catalog, error)
         raise
 
 
-def _disk(config: MlflowConfig, context: KedroContext) -> Disk | None:
-    """Return the store on disk that runs are recorded in, when the server may go away."""
-    if config.tracking.on_unreachable != "offline":
-        return None
-    restore = config.tracking.experiment.restore_if_deleted
-    return disk_of(config.server.connection, context.project_path, restore_if_deleted=restore)
+def _bind_datasets(
+    pipeline: Pipeline,
+    datasets: Mapping[str, Any],
+    server: Server,
+    run: RunHandle | None,
+) -> None:
+    """Tell each Mlflow dataset its run, and whether it is saved in chunks."""
+    generators = [node for node in pipeline.nodes if isgeneratorfunction(node.func)]
+    in_chunks = {name for node in generators for name in node.outputs}
+    for name, dataset in datasets.items():
+        tracked = _kedro.uncached(dataset)
+        if isinstance(tracked, TrackedDataset):
+            tracked.in_chunks = name in in_chunks
+            tracked.bind(server, run, name)
 
 
-def _logs_models(pipeline: Pipeline, datasets: Mapping[str, Any]) -> bool:
-    """Tell whether a pipeline, or one of its datasets, logs a model."""
-    from .datasets.models import MlflowModelTrackingDataset
-
-    if isinstance(pipeline, PipelineML) and not pipeline.missing:
-        return True
+def _saves_models(pipeline: Pipeline, datasets: Mapping[str, Any]) -> bool:
+    """Check whether an output of a pipeline is logged as a model."""
     saved = [_kedro.uncached(datasets[name]) for name in pipeline.all_outputs() & datasets.keys()]
     return any(isinstance(dataset, MlflowModelTrackingDataset) for dataset in saved)
+
+
+def refuse_old_server(context: KedroContext, run: RunHandle) -> None:
+    """Check with one request that the server of a run can keep models.
+
+    Raises:
+        ConfigError: When it can't.
+    """
+    if lack := lack_of_models(_server_of(context, run)):
+        raise mistake(context, lack.key, str(lack))
+
+
+def _server_of(context: KedroContext, run: RunHandle | None) -> Server:
+    """Return the server of a run's models and artifacts; that of mlflow.yml where there is none."""
+    config: MlflowConfig = context.mlflow  # type: ignore[attr-defined]
+    # A store whose runs are replayed has those of this run only.
+    return run.server if run and not run.server.replayed_to else config.server.connection
+
+
+def _in_typed_order(run_params: dict[str, Any]) -> dict[str, Any]:
+    """Return `run_params` with the pipelines in the order in which they were typed.
+
+    Kedro passes them in any order, another one each time.
+    """
+    typed = list(dict.fromkeys(_typed().get("pipelines") or ()))
+    if typed and set(typed) == set(run_params.get("pipeline_names") or ()):
+        return {**run_params, "pipeline_names": typed}
+    return run_params
 
 
 def _parameters(
@@ -455,7 +498,8 @@ def _typed() -> dict[str, Any]:
     return command.params if command and command.info_name == "run" else {}
 
 
-def _secrets(context: KedroContext) -> params.Secrets:
+def secrets_of(context: KedroContext) -> params.Secrets:
+    """Return what is hidden in all that is logged: credentials, and what has a secret's name."""
     config: MlflowConfig = context.mlflow  # type: ignore[attr-defined]
     return params.Secrets(
         tuple(config.tracking.redact),
@@ -473,6 +517,7 @@ def _tags(
     options = [*provenance.command_options(_typed(), context.project_path), *options]
     hidden = [secrets.hide_in(option) for option in options]
     return {
+        "km_template_version": VERSION.read_text("utf-8").strip(),
         **provenance.run_tags(secrets.hide(run_params), hidden, command),
         **provenance.source_tags(context.project_path, package_name()),
     }

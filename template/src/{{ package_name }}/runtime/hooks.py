@@ -12,17 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 from kedro.framework.hooks import hook_impl
 
+from . import binding
+from .config.errors import ConfigError
+from .stores.project import MlflowConfig, announce, config_of
+from .tracking.ending import end_abandoned
+
 if TYPE_CHECKING:
     from kedro.framework.context import KedroContext
     from kedro.io import DataCatalog
     from kedro.pipeline import Pipeline
     from kedro.pipeline.node import Node
-
-    from .stores.project import MlflowConfig
-
-# The context whose pipeline this thread is about to run. Kedro gives `before_pipeline_run` no
-# context, and a service session shares this hook between threads.
-_context: ContextVar[KedroContext] = ContextVar("kedro_context")
 
 # The catalog of the node whose outputs this thread is about to save, likewise.
 _catalog: ContextVar[DataCatalog | None] = ContextVar("kedro_catalog", default=None)
@@ -32,7 +31,8 @@ class MlflowHook:
     """Track every pipeline that runs as one MLflow run. For `HOOKS` in settings.py.
 
     Its methods go around those of other hooks, whatever the order in `HOOKS`: they can log to the
-    run too, and when one of them fails the run ends as well.
+    run too, and when one of them fails the run ends as well. What has to happen before the run is
+    open, or after it has ended, is a wrapper with `tryfirst`.
     """
 
     @hook_impl(tryfirst=True)
@@ -40,10 +40,8 @@ class MlflowHook:
         """Offer `context.mlflow`, which reads `mlflow.yml` when it is first used."""
         _refuse_kedro_mlflow()
         _offer_config(context)
-        _context.set(context)
+        binding.use_context(context)
         if "IPython" in sys.modules and sys.modules["IPython"].get_ipython():
-            from .stores.project import announce
-
             config: MlflowConfig = context.mlflow  # type: ignore[attr-defined]
             announce(config)
             _end_what_a_cell_leaves(sys.modules["IPython"].get_ipython())
@@ -52,30 +50,29 @@ class MlflowHook:
     def after_catalog_created(self, catalog: DataCatalog, conf_catalog: dict[str, Any]) -> None:
         """Tell the Mlflow datasets of a notebook's catalog their names."""
         if "IPython" in sys.modules and sys.modules["IPython"].get_ipython():
-            from .binding import name_datasets
-
-            name_datasets(catalog, conf_catalog)
+            binding.name_datasets(catalog, conf_catalog)
 
     @hook_impl(wrapper=True)
     def before_pipeline_run(
         self, run_params: dict[str, Any], pipeline: Pipeline, catalog: DataCatalog
     ) -> Iterator[None]:
         """Open the run with all parameters and tags, and bind it to the run's catalog."""
-        from .binding import fail, track
-
-        track(_context.get(), run_params, pipeline, catalog)
+        context, run = binding.context_of_run(), None
+        if binding.is_tracked(context, run_params):
+            run = binding.open_run(context, run_params, pipeline, catalog)
+        else:
+            binding.prepare_untracked(context, catalog)
+        binding.bind(context, pipeline, catalog, run)
         try:
             return (yield)
         except BaseException as error:  # Kedro tells no hook of it
-            fail(catalog, error)
+            binding.fail(catalog, error)
             raise
 
     @hook_impl(wrapper=True)
     def before_node_run(self, node: Node, catalog: DataCatalog) -> Iterator[None]:
         """Let the node's own `mlflow.log_metric(…)` land in the run."""
-        from .binding import report, run_of
-
-        run = run_of(catalog)
+        run = binding.run_of(catalog)
         if run is None:
             return (yield)
         run.leave()  # what a generator has kept
@@ -84,68 +81,59 @@ class MlflowHook:
             return (yield)
         except BaseException as error:
             run.leave(status="FAILED")
-            report(catalog, error, node.name)
+            binding.report(catalog, error, node.name)
             raise
 
     @hook_impl(wrapper=True)
     def after_node_run(self, node: Node, catalog: DataCatalog) -> Iterator[None]:
         """Take the run back from the thread."""
-        from .binding import run_of
-
         _catalog.set(catalog)
         try:
             return (yield)
         finally:
             # The body of a generator only runs while its chunks are saved, until the next node.
-            if not isgeneratorfunction(node.func) and (run := run_of(catalog)):
+            if not isgeneratorfunction(node.func) and (run := binding.run_of(catalog)):
                 run.leave()
 
     @hook_impl
     def after_dataset_saved(self, dataset_name: str, data: Any, node: Node) -> None:
         """Log an output that `tracking.artifacts.datasets` asks for."""
         if catalog := _catalog.get():
-            from .binding import log_output
-
-            log_output(catalog, dataset_name, data, in_chunks=isgeneratorfunction(node.func))
+            binding.log_output(
+                catalog, dataset_name, data, in_chunks=isgeneratorfunction(node.func)
+            )
 
     @hook_impl(wrapper=True)
     def on_node_error(self, error: Exception, node: Node, catalog: DataCatalog) -> Iterator[None]:
         """Say which node failed, and why."""
-        from .binding import report, run_of
-
         try:
             return (yield)
         finally:
-            if run := run_of(catalog):
+            if run := binding.run_of(catalog):
                 run.leave(status="FAILED")
-                report(catalog, error, node.name)
+                binding.report(catalog, error, node.name)
 
     @hook_impl(wrapper=True)
-    def after_pipeline_run(self, pipeline: Pipeline, catalog: DataCatalog) -> Iterator[None]:
-        """Log the model of a pipeline that has one, and end the run."""
-        from .binding import end, fail, log_model
-
+    def after_pipeline_run(self, catalog: DataCatalog) -> Iterator[None]:
+        """End the run."""
         try:
             result = yield
-            log_model(catalog, pipeline)
         except BaseException as error:
-            fail(catalog, error)
+            binding.fail(catalog, error)
             raise
         _catalog.set(None)
-        end(catalog, "FINISHED")
+        binding.end(catalog, "FINISHED")
         return result
 
     @hook_impl(wrapper=True)
     def on_pipeline_error(self, error: Exception, catalog: DataCatalog) -> Iterator[None]:
         """End the run as failed; an error that is told in one sentence is shown as that."""
-        from .binding import fail, sentence_of
-
         try:
             result = yield
         finally:
             _catalog.set(None)
-            fail(catalog, error)
-        if sentence := sentence_of(catalog, error):
+            binding.fail(catalog, error)
+        if sentence := binding.sentence_of(catalog, error):
             raise sentence from error
         return result
 
@@ -160,8 +148,6 @@ def _refuse_kedro_mlflow() -> None:
         if plugin.dist and plugin.dist.name not in settings.DISABLE_HOOKS_FOR_PLUGINS
     ]
     if any(module.partition(".")[0] == "kedro_mlflow" for module in modules):
-        from .config.errors import ConfigError
-
         raise ConfigError(
             "kedro-mlflow is installed, and would track every run a second time: uninstall it, or "
             'write DISABLE_HOOKS_FOR_PLUGINS = ("kedro_mlflow",) into settings.py.'
@@ -172,14 +158,8 @@ def _offer_config(context: KedroContext) -> None:
     """Give a context the attribute `mlflow`: most commands never read it, and stay fast."""
     kind = type(context)
     # A class for this context alone: those of other projects in the process have their own runtime.
-    names = {"__module__": kind.__module__, "mlflow": cached_property(_load_config)}
+    names = {"__module__": kind.__module__, "mlflow": cached_property(config_of)}
     context.__class__ = type(kind.__name__, (kind,), names)
-
-
-def _load_config(context: KedroContext) -> MlflowConfig:
-    from .stores.project import config_of
-
-    return config_of(context)
 
 
 def _end_what_a_cell_leaves(shell: Any) -> None:
@@ -190,6 +170,4 @@ def _end_what_a_cell_leaves(shell: Any) -> None:
 
 def _after_cell(result: Any) -> None:  # noqa: ARG001
     if "mlflow" in sys.modules:
-        from .tracking.ending import end_abandoned
-
         end_abandoned()

@@ -24,8 +24,7 @@ from rich.text import Text
 from ..config.errors import ConfigError, SettingError
 from ..config.loading import mistake, read_credentials
 from ..config.uris import is_database, is_http, shown_uri, sqlite_file
-from ..offline.disk import disks
-from ..offline.replay import waiting
+from ..extras import load, present
 from ..stores import credentials
 from ..stores import errors as failures
 from ..stores.project import register_header_provider
@@ -484,8 +483,7 @@ def _process_of(tags: Mapping[str, str], here: Process) -> Process | None:
 
 
 def _recorded(patient: _Patient) -> str:
-    found = [waiting(disk.client()) for disk in disks(patient.project_path)]
-    ids = [family[0].info.run_id for families in found for family in families]
+    ids = load("offline", "checks", "offline runs").runs_on_disk(patient.project_path)
     if not ids:
         return "none"
     waits = f"{count(len(ids), 'run')} on disk in this project: {', '.join(ids[:5])}"
@@ -509,7 +507,7 @@ _CHECKS = (
     _Check(_WRITING, ("experiment",), _writing, "not possible"),
     _Check("artifacts", (_WRITING,), _artifacts, "not usable"),
     _Check("open runs", ("experiment",), _open_runs, "not known"),
-    _Check("offline runs", (), _recorded, "not known"),
+    *([_Check("offline runs", (), _recorded, "not known")] if "offline" in present() else []),
 )
 _CLEARING = _Check(_WRITING, (), _clear, "not possible")
 

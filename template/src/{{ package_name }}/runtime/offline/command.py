@@ -9,20 +9,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from kedro.framework.cli.utils import env_option
+from kedro.framework.startup import ProjectMetadata
 from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
+from ..cli.session import opened
 from ..config.loading import read_credentials
 from ..config.uris import shown_uri
 from ..stores import credentials
 from ..stores.errors import is_away, reason_of
 from ..stores.project import register_header_provider
 from ..tracking.ending import MARKERS, end_orphans
-from . import OF_REPLAYS
 from .disk import Disk, DiskError, disk_of, disks, families
-from .replay import Outcome, files_of_family, remove, replay, waiting
+from .replay import OF_REPLAYS, Outcome, files_of_family, remove, replay, waiting
 
 if TYPE_CHECKING:
     from kedro.framework.context import KedroContext
@@ -33,7 +35,25 @@ if TYPE_CHECKING:
     from ..stores.server import Server
 
 
-def sync(context: KedroContext, *, dry_run: bool, discard: Sequence[str]) -> bool:
+@click.command()
+@env_option
+@click.option("--dry-run", is_flag=True, help="List what would be replayed, and do nothing.")
+@click.option("--discard", multiple=True, metavar="RUN", help="Remove a run from the disk instead.")
+@click.pass_obj
+def sync(
+    metadata: ProjectMetadata, env: str | None, dry_run: bool, discard: tuple[str, ...]
+) -> None:
+    """Replay the runs that are on disk to the server, and remove from the disk what it has.
+
+    It can be interrupted, and started again.
+    """
+    with opened(metadata, env) as context:
+        is_whole = replay_all(context, dry_run=dry_run, discard=discard)
+    if not is_whole:
+        raise SystemExit(1)
+
+
+def replay_all(context: KedroContext, *, dry_run: bool, discard: Sequence[str]) -> bool:
     """Replay the runs on disk to the server of a context.
 
     Args:
@@ -69,8 +89,7 @@ def sync(context: KedroContext, *, dry_run: bool, discard: Sequence[str]) -> boo
         with disk.locked():
             if discard:
                 return _discard(disk, client, discard)
-            found = waiting(client)
-            outcomes = _replay(disk, found, where) if found else []
+            outcomes = _replay(disk, waiting(client), where)
     finally:
         credentials.take_back("sync")
     if not outcomes:
@@ -177,7 +196,5 @@ def _show_outcomes(outcomes: Sequence[Outcome], where: str) -> None:
 def _table(*columns: str, title: str) -> Table:
     table = Table(title=title, title_justify="left", box=None)
     for column in columns:
-        # An id that is broken or cut is of no use; of a name the beginning is to stay whole.
-        is_id, least = column.startswith("id "), 12 if column == "run" else None
-        table.add_column(column, overflow="fold", no_wrap=is_id, min_width=least)
+        table.add_column(column, overflow="fold")  # an id is of no use when it is cut
     return table

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
 from ..config.errors import ConfigError
-from ..config.keys import TrackingOptions
+from ..config.keys import ExperimentOptions
 from ..config.uris import shown_uri, sqlite_file
 from ..stores.embedded import prepare
 from ..stores.server import Server
@@ -157,14 +157,13 @@ def disks(project_path: Path) -> list[Disk]:
     return [Disk(folder, Server("", "")) for folder in folders]
 
 
-def open_for_run(disk: Disk, options: TrackingOptions) -> TrackingOptions:
-    """Open the store for a run, and return the run's options in it.
+def experiment_on_disk(disk: Disk, experiment: ExperimentOptions) -> ExperimentOptions:
+    """Open the store for a run, and return the options of the run's experiment in it.
 
-    Its experiment has the artifacts in the store's folder; where they go on the server is kept in
-    a tag. After the project was moved, MLflow would put them where the experiment was made: it
-    gets another name, and the run a new one.
+    Its artifacts are in the store's folder; where they go on the server is kept in a tag. After the
+    project was moved, MLflow would put them where the experiment was made: it gets another name,
+    and the run a new one.
     """
-    experiment = options.experiment
     client = disk.client()
     known = client.get_experiment_by_name(experiment.name or "Default")
     if known and known.artifact_location != disk.artifacts.as_uri():
@@ -175,10 +174,9 @@ def open_for_run(disk: Disk, options: TrackingOptions) -> TrackingOptions:
     if made.artifact_location:
         tags[ARTIFACT_LOCATION] = made.artifact_location
     update: dict[str, Any] = {"artifact_location": disk.artifacts.as_uri(), "tags": tags}
-    experiment = experiment.model_copy(
+    return experiment.model_copy(
         update={"create_experiment_kwargs": made.model_copy(update=update)}
     )
-    return options.model_copy(update={"experiment": experiment})
 
 
 def families(client: MlflowClient) -> list[list[Run]]:

@@ -44,6 +44,13 @@ WRITTEN_BY_LOADING = "registered_model_meta"
 # As many parameters as MLflow takes for a model in one request.
 PARAMS = 100
 
+# In the environment of a replay. A request that creates something, and whose answer is lost, must
+# not be made again by MLflow: the next replay looks first whether the server has done it.
+OF_REPLAYS = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+}
+
 # A path on the server, and how to list what is in it.
 List = Callable[[str | None], list[Any]]
 

@@ -1,0 +1,128 @@
+"""`kedro mlflow runs` and `kedro mlflow doctor`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from typing import Any
+
+import click
+from kedro.framework.cli.utils import env_option
+from kedro.framework.startup import ProjectMetadata
+
+from ..cli.session import opened
+from .doctor import examine, show
+from .runs import described, differences, find, latest, reached, whole
+from .showing import console, show_differences, show_latest, show_whole
+
+
+@click.command()
+@env_option
+@click.option("--filter", "condition", default="", help="A condition in MLflow's search syntax.")
+@click.option(
+    "--limit",
+    type=click.IntRange(1, 50000),
+    default=20,
+    show_default=True,
+    help="How many runs at most.",
+)
+@click.option("--children", is_flag=True, help="List child runs too.")
+@click.option("--metrics", help="Metrics to show, as name,name; with * for several.")
+@click.option("--params", help="Parameters to show, likewise.")
+@click.option("--json", "as_json", is_flag=True, help="Write everything as JSON.")
+@click.argument("run_ids", nargs=-1, metavar="[RUN_ID [RUN_ID]]")
+@click.pass_obj
+def runs(
+    metadata: ProjectMetadata,
+    env: str | None,
+    condition: str,
+    limit: int,
+    children: bool,
+    metrics: str | None,
+    params: str | None,
+    as_json: bool,
+    run_ids: tuple[str, ...],
+) -> None:
+    """List the latest runs, or show one whole, or what differs between two.
+
+    A RUN_ID is one of the list, or at least four characters that it begins with. The table has as
+    many metrics as there is room for; a pipeline is named where the run's name is another.
+    """
+    if len(run_ids) > 2:  # click would end with status 2
+        raise click.ClickException(f"RUN_ID: expected one or two ids, got {len(run_ids)}")
+    seen: Any
+    with _stdout_for_output(), opened(metadata, env) as context, reached(context) as (server, _):
+        experiment = context.mlflow.tracking.experiment
+        found = [find(server, experiment, run_id) for run_id in run_ids]
+        if len(found) == 1:
+            seen = whole(server, found[0])
+        elif not found:
+            seen = latest(server, experiment, condition=condition, limit=limit, children=children)
+    if as_json and len(found) == 2:
+        _write_json({"runs": [described(run) for run in found], **differences(*found)})
+    elif as_json:
+        _write_json(seen.described() if found else [described(run) for run in seen.runs])
+    elif len(found) == 2:
+        show_differences(console(), *found)
+    elif found:
+        show_whole(console(), seen)
+    elif seen.runs:
+        show_latest(console(), seen.runs, _names(metrics), _names(params) or [])
+    else:
+        click.echo(seen.why_none)
+
+
+@click.command()
+@env_option
+@click.option("--fix", is_flag=True, help="End the runs that dead processes have left RUNNING.")
+@click.option("--json", "as_json", is_flag=True, help="Write the checks as JSON.")
+@click.pass_obj
+def doctor(metadata: ProjectMetadata, env: str | None, fix: bool, as_json: bool) -> None:
+    """Check everything that a tracked run needs; exit status 1 when something is wrong.
+
+    To see whether it may write, it makes a run named "kedro mlflow doctor" in the experiment, with
+    one small artifact, and deletes both; an experiment that is missing is made, as the first run
+    would. The deleted run stays in MLflow's bin until `mlflow gc`. A store that isn't there yet
+    isn't made.
+    """
+    with _stdout_for_output():
+        findings = examine(metadata.project_path, env, fix=fix)
+    if as_json:
+        _write_json([vars(finding) for finding in findings])
+    else:
+        show(console(), findings)
+    if any(finding.ok is False for finding in findings):
+        raise SystemExit(1)
+
+
+def _names(written: str | None) -> list[str] | None:
+    """Read names between commas; None when nothing was written."""
+    if written is None:
+        return None
+    return [name.strip() for name in written.split(",") if name.strip()]
+
+
+@contextmanager
+def _stdout_for_output() -> Iterator[None]:
+    """Send what Kedro, MLflow and hooks log to stderr, where it isn't part of the output."""
+    to_stdout = [
+        handler
+        for handler in logging.getLogger().handlers
+        if isinstance(handler, logging.StreamHandler) and handler.stream is sys.stdout
+    ]
+    for handler in to_stdout:
+        handler.setStream(sys.stderr)
+    try:
+        with redirect_stdout(sys.stderr):  # for handlers and prints that look it up each time
+            yield
+    finally:
+        for handler in to_stdout:
+            handler.setStream(sys.stdout)
+
+
+def _write_json(content: Any) -> None:
+    # On one line, for `tail -n 1`: Kedro writes to stdout by itself before any command.
+    click.echo(json.dumps(content, ensure_ascii=False))
