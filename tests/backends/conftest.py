@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from ..runtime.conftest import Project, elsewhere, empty_store, new_project, pat
 from ..runtime.s3 import S3, s3_server
 from ..runtime.servers import CountingProxy, counting_proxy, mlflow_server
 from . import everything, work
-from .everything import Undisturbed
+from .everything import Recorded, record
 from .postgres import Postgres, postgres_server
 from .storages import Locked, locked_s3_server, variables
 from .tokens import Gate
@@ -108,15 +109,28 @@ def port(plain: Served) -> int:
     return plain.port
 
 
+@pytest.fixture(scope="session")
+def recorded(
+    plain: Served, pattern: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Recorded]:
+    """A project with a run on disk that is to be replayed."""
+    with record(plain.port, pattern(example=False), tmp_path_factory.mktemp("recorded")) as found:
+        yield found
+
+
 @pytest.fixture
-def undisturbed(
-    port: int, new_project: Callable[..., Project], monkeypatch: pytest.MonkeyPatch
-) -> Undisturbed:
-    """What a run leaves on the server that nothing disturbs."""
-    with monkeypatch.context() as patch:
-        for name, value in everything.IMPATIENT.items():
-            patch.setenv(name, value)
-        return everything.undisturbed(port, new_project)
+def to_replay(
+    recorded: Recorded, new_project: Callable[..., Project], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Recorded]:
+    """The same, with a client that gives up soon, and nothing of it on the server."""
+    for name, value in everything.IMPATIENT.items():
+        monkeypatch.setenv(name, value)
+    yield recorded
+    recorded.proxy.heal()
+    recorded.put_away()
+    for module in list(sys.modules):
+        if module.partition(".")[0] == recorded.project.package:
+            del sys.modules[module]
 
 
 @dataclass(frozen=True)

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import importlib
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import yaml
 from click.testing import CliRunner
 from kedro.framework.startup import bootstrap_project
 from mlflow import MlflowClient
 
-from ..runtime.conftest import Project
+from ..runtime.conftest import Project, copy_of
 from .faults import Fault, FaultyProxy, faulty_proxy
 from .stores import content
 
@@ -121,12 +124,30 @@ def reach(project: Project, uri: str, on_unreachable: str | None = "offline") ->
     project.mlflow_yml(yaml.safe_dump(values))
 
 
-def sync(project: Project, *options: str, status: int = 0) -> str:
+def at(fault: Fault, index: int) -> Fault:
+    """Let a fault strike at a request, or at the first one after it that it can strike."""
+    return replace(fault, at=index)
+
+
+def on_disk(project: Project) -> list[str]:
+    """Give the ids of the runs on disk that have no parent, the oldest first."""
+    (file,) = project.path.glob(".mlflow-offline/*/mlflow.db")
+    client = MlflowClient(f"sqlite:///{file.as_posix()}")
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    runs = client.search_runs(experiments, order_by=["attributes.start_time ASC"])
+    return [run.info.run_id for run in runs if "mlflow.parentRunId" not in run.data.tags]
+
+
+def sync(project: Project, *options: str, status: int | None = 0) -> str:
     """Run `kedro mlflow sync` in this process; gives what it says."""
     metadata = bootstrap_project(project.path)
     group = importlib.import_module(f"{project.package}.runtime.cli").mlflow
     ended = CliRunner().invoke(group, ["sync", *options], obj=metadata)
-    assert ended.exit_code == status, (ended.output, ended.exception)
+    assert ended.exit_code in ((0, 1) if status is None else (status,)), ended.output
+    assert ended.exception is None or isinstance(ended.exception, SystemExit), (
+        ended.output,
+        ended.exception,
+    )
     output: str = ended.output
     return output
 
@@ -158,39 +179,66 @@ def process(project: Project, *words: str, **env: str) -> Iterator[subprocess.Po
         started.stdout.close()
 
 
-def on_server(port: int, project: Project, proxy: FaultyProxy) -> dict[str, Any]:
-    """Read what the server has of a project, past the proxy."""
-    uri = f"http://127.0.0.1:{port}"
-    client = MlflowClient(uri, uri)  # whatever this process uses else
-    return content(client, project.package, names=stand_ins(project, proxy.uri))
+def on_server(port: int, project: Project, uri: str) -> dict[str, Any]:
+    """Read what the server has of a project that knows it by an address of a proxy."""
+    direct = f"http://127.0.0.1:{port}"
+    client = MlflowClient(direct, direct)  # whatever this process uses else
+    return content(client, project.package, names=stand_ins(project, uri))
 
 
 @dataclass(frozen=True)
-class Undisturbed:
-    """What is in the store after a run that nothing disturbs, and the requests that it makes.
+class Recorded:
+    """A project that has done its run while the server was away, to copy and replay.
 
-    `to_sync` is the number of those that send a run later which was recorded without a server.
+    `content` is what the same run leaves on the server that logs to it directly, `requests` are
+    those of a replay that nothing disturbs.
     """
 
+    project: Project
+    port: int
+    proxy: FaultyProxy
     content: dict[str, Any]
     requests: list[str]
-    to_sync: int
+
+    def copy(self, folder: Path) -> Project:
+        """Copy the project, with its store on disk."""
+        # Each in a folder of its own: MLflow keeps the file of a store open in this process.
+        path = folder / uuid4().hex / self.project.package
+        shutil.copytree(self.project.path, path)
+        return replace(self.project, path=path)
+
+    def replayed(self) -> dict[str, Any]:
+        """Read what the server has."""
+        return on_server(self.port, self.project, self.proxy.uri)
+
+    def put_away(self) -> None:
+        """Give what the server has another name, so that the next replay begins anew."""
+        client = MlflowClient(f"http://127.0.0.1:{self.port}")
+        name, other = self.project.package, f"before-{uuid4().hex}"
+        if experiment := client.get_experiment_by_name(name):
+            client.rename_experiment(experiment.experiment_id, other)
+        if client.search_registered_models(f"name = '{name}'"):
+            client.rename_registered_model(name, other)
 
 
-_undisturbed: dict[int, Undisturbed] = {}
-
-
-def undisturbed(port: int, new_project: Callable[..., Project]) -> Undisturbed:
-    """Run the pipeline twice on a server, once for all tests: while it answers, and sent later."""
-    if port not in _undisturbed:
-        with faulty_proxy(port) as proxy:
-            project = fill(new_project(), proxy.uri)
-            project.run()
-            found, requests = on_server(port, project, proxy), list(proxy.requests)
-        with faulty_proxy(port, Fault("refuse")) as proxy:
-            project = fill(new_project(), proxy.uri)
-            project.run()
-            proxy.heal()
-            sync(project)
-            _undisturbed[port] = Undisturbed(found, requests, len(proxy.requests))
-    return _undisturbed[port]
+@contextmanager
+def record(port: int, pattern: Path, folder: Path) -> Iterator[Recorded]:
+    """Do the run once with a server, and once without, on disk."""
+    direct, package = f"http://127.0.0.1:{port}", f"recorded_{uuid4().hex[:8]}"
+    projects = []
+    with faulty_proxy(port) as proxy:
+        for name, uri in ((f"{package}_direct", direct), (package, proxy.uri)):
+            copy_of(pattern, folder / name, name)
+            shutil.rmtree(folder / name / "src" / name / "pipelines" / "first")
+            project = fill(Project(folder / name, name), uri, None if uri == direct else "offline")
+            proxy.plan(Fault("refuse"))
+            ended = project.kedro("run")
+            assert ended.returncode == 0, ended.stdout + ended.stderr
+            projects.append(project)
+        proxy.heal()
+        whole = on_server(port, projects[0], direct)
+        recorded = Recorded(projects[1], port, proxy, whole, [])
+        before = len(proxy.requests)
+        sync(recorded.copy(folder / "copy"))
+        recorded.put_away()
+        yield replace(recorded, requests=proxy.requests[before:])

@@ -57,14 +57,14 @@ def test_what_is_recorded_before_the_database_is_there_is_in_it_after_sync(
     project.run(runner=runner())
 
     project.tracking_uri = postgres.create(project.package)
-    ended = project.kedro("mlflow", "sync", "--prune")
+    ended = project.kedro("mlflow", "sync")
 
     assert ended.returncode == 0, ended.stderr
     monkeypatch.setenv("PGPASSWORD", PASSWORD)
     check(project, tmp_path)
     assert PASSWORD not in postgres.texts(project.package)
     left = [path for path in (project.path / ".mlflow-offline").rglob("*") if path.is_file()]
-    assert {path.name for path in left} <= {".gitignore", "mlflow.db", "experiments.lock"}
+    assert {path.name for path in left} <= {".gitignore", "mlflow.db", "replay.lock"}
 
 
 def set_up(project: Project, uri: str, **credentials: str) -> None:

@@ -39,7 +39,7 @@ def examined(project: Project, **env: str) -> tuple[dict[str, bool | None], str,
     return oks, advice, ended.stdout + ended.stderr
 
 
-def test_nothing_is_wrong_with_a_postgresql_and_nothing_stays_in_it(
+def test_nothing_is_wrong_with_a_postgresql_and_only_a_deleted_run_stays_in_it(
     project: Project, postgres: Postgres
 ) -> None:
     uri = postgres.create(project.package)
@@ -52,14 +52,17 @@ def test_nothing_is_wrong_with_a_postgresql_and_nothing_stays_in_it(
     listed = project.kedro("mlflow", "runs")
     assert postgres.texts(project.package) == ""
     assert project.kedro("run").returncode == 0
-    before = postgres.texts(project.package)
+    before = postgres.texts(project.package).splitlines()
     found, _, shown = examined(project)
+    added = set(postgres.texts(project.package).splitlines()) - {*before}
 
     assert "No run yet: the first one makes postgresql+psycopg2://***@" in listed.stdout
     unmade = dict.fromkeys(list(EMBEDDED)[3:-1], None)
     assert empty == {**EMBEDDED, **unmade}
     assert found == EMBEDDED
-    assert postgres.texts(project.package) == before
+    (deleted,) = [row for row in added if row.startswith("runs:")]
+    assert "'deleted'" in deleted
+    assert {row.partition(":")[0] for row in added} == {"runs", "tags"}
     assert PG_PASSWORD not in shown
 
 

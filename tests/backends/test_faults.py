@@ -1,12 +1,8 @@
-"""Whatever goes wrong on the way to the server, and whenever: in the end it has the whole run.
-
-A sample of all that can go wrong is tried; with --all every request is broken in every way.
-"""
+"""The proxy fails as tests ask it to, and what they compare shows each difference."""
 
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -19,7 +15,6 @@ from mlflow.entities import LoggedModelOutput, Metric
 
 from ..runtime.conftest import Project
 from . import everything
-from .everything import Undisturbed
 from .faults import Fault, FaultyProxy, faulty_proxy, writes
 from .stores import differences
 
@@ -49,114 +44,7 @@ FAULTS = [
     Fault("full", times=4),
 ]
 
-# What the client asks for in a run, by the end of the paths. The number of a request changes with
-# what is sent in between, so that a fault at a number doesn't always meet the same one.
-ASKED = [
-    "experiments/create",
-    "runs/create",
-    "runs/log-batch",
-    "mlflow/logged-models",
-    "mlflow-artifacts/artifacts/",
-    "model-versions/create",
-    "runs/update",
-    *(
-        pytest.param(asked, marks=pytest.mark.thorough)
-        for asked in [
-            "experiments/get-by-name",
-            "runs/log-inputs",
-            "runs/outputs",
-            "registered-models/create",
-            "registered-models/get",
-            "registered-models/alias",
-        ]
-    ),
-]
-
 NewProject = Callable[..., Project]
-
-
-@pytest.fixture
-def undisturbed(port: int, new_project: NewProject, monkeypatch: pytest.MonkeyPatch) -> Undisturbed:
-    for name, value in everything.IMPATIENT.items():
-        monkeypatch.setenv(name, value)
-    return everything.undisturbed(port, new_project)
-
-
-# One of each kind, of those that happen most; the others are tried with --all.
-SAMPLE = {str(fault) for fault in (FAULTS[0], FAULTS[4], FAULTS[9], *FAULTS[15:18], FAULTS[20])}
-
-
-def sampled(fault: Fault) -> Any:
-    """Leave a fault that isn't in the sample to `--all`."""
-    marks = () if str(fault) in SAMPLE else pytest.mark.thorough
-    return pytest.param(fault, marks=marks, id=str(fault).replace(" from 0", ""))
-
-
-def chosen(fault: Fault, count: int, *, every: bool) -> list[Fault]:
-    """Give a fault at a request somewhere in a run, or at each; one kind at both ends too."""
-    if every:
-        return [replace(fault, at=index) for index in range(count)]
-    at = random.Random(str(fault)).randrange(1, count - 1)
-    ends = [0, count - 1] if fault == Fault("refuse") else []
-    return [replace(fault, at=index) for index in sorted([*ends, at])]
-
-
-@pytest.mark.parametrize("fault", map(sampled, FAULTS))
-def test_a_run_that_something_disturbs_is_on_the_server_whole_after_sync(
-    port: int,
-    new_project: NewProject,
-    undisturbed: Undisturbed,
-    monkeypatch: pytest.MonkeyPatch,
-    request: pytest.FixtureRequest,
-    fault: Fault,
-) -> None:
-    wrong = {}
-
-    for each in chosen(fault, len(undisturbed.requests), every=request.config.getoption("--all")):
-        # MLflow's client may ask once more by itself, whatever it asks for.
-        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", str(each.at % 2))
-        if found := what_is_wrong(each, port, new_project(), undisturbed):
-            wrong[str(each)] = found
-
-    assert wrong == {}
-
-
-@pytest.mark.parametrize(
-    ("times", "processed"),
-    [
-        pytest.param(1, False, id="once"),
-        pytest.param(1, True, id="once, done", marks=pytest.mark.thorough),
-        pytest.param(None, False, id="on", marks=pytest.mark.thorough),
-        pytest.param(None, True, id="on, done", marks=pytest.mark.thorough),
-    ],
-)
-@pytest.mark.parametrize("asked", ASKED)
-def test_a_run_is_whole_after_sync_whatever_it_was_asking_for_when_the_connection_broke(
-    port: int,
-    new_project: NewProject,
-    undisturbed: Undisturbed,
-    asked: str,
-    processed: bool,
-    times: int | None,
-) -> None:
-    assert any(asked in request for request in undisturbed.requests)
-    fault = Fault("reset", times=times, processed=processed, only=asked)
-
-    assert what_is_wrong(fault, port, new_project(), undisturbed) == []
-
-
-def what_is_wrong(fault: Fault, port: int, project: Project, undisturbed: Undisturbed) -> list[str]:
-    """Run, with something that goes wrong, then sync; tell what the server has otherwise."""
-    with faulty_proxy(port, fault) as proxy:
-        everything.fill(project, proxy.uri)
-        try:
-            project.run()
-            proxy.heal()
-            everything.sync(project)
-        except Exception as error:  # the caller may have more to try
-            return [f"{type(error).__name__}: {error}"]
-        found = everything.on_server(port, project, proxy)
-    return differences(found, undisturbed.content)
 
 
 def test_two_runs_have_the_same_content_until_one_gets_anything_more(
@@ -166,7 +54,7 @@ def test_two_runs_have_the_same_content_until_one_gets_anything_more(
     for _ in range(2):
         project = everything.fill(new_project(), proxy.uri, on_unreachable=None)
         project.run()
-        found.append(everything.on_server(port, project, proxy))
+        found.append(everything.on_server(port, project, proxy.uri))
     assert differences(found[0], found[1]) == []
 
     client = project.client
@@ -196,7 +84,7 @@ def test_two_runs_have_the_same_content_until_one_gets_anything_more(
         lambda: client.create_run(experiment.experiment_id),
     ):
         change()
-        found.append(everything.on_server(port, project, proxy))
+        found.append(everything.on_server(port, project, proxy.uri))
         assert differences(found[-1], found[-2]), found[-1]
 
 

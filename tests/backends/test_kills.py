@@ -1,13 +1,12 @@
-"""Whatever is killed, and whenever: nothing that was logged is lost, and nothing is there twice.
+"""Whenever a run is killed: nothing that was logged is lost, and nothing is there twice.
 
-Some moments are tried, chosen by a seed; with --all a hundred of a run, and all of `sync`.
+Some moments are tried, chosen by a seed; with --all all of them.
 """
 
 from __future__ import annotations
 
 import os
 import random
-import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +14,6 @@ import pytest
 
 from ..runtime.conftest import Project
 from . import everything
-from .everything import Undisturbed
 from .faults import Fault, FaultyProxy, faulty_proxy
 
 NewProject = Callable[..., Project]
@@ -103,7 +101,7 @@ def create_pipeline():
 TELLS = 17  # how often it tells something
 LAST = "__default__ measured slope 0 1700000000000 2.0"
 
-# At least so many requests does a run make.
+# At least so many requests does the replay of it make.
 REQUESTS = 30
 
 
@@ -148,7 +146,7 @@ def told(project: Project) -> list[str]:
 
 def check_killed(project: Project, port: int, proxy: FaultyProxy, whole: list[str]) -> None:
     """Check that the server has what a killed run has told of, and nothing that it never did."""
-    store = everything.on_server(port, project, proxy)
+    store = everything.on_server(port, project, proxy.uri)
     found = facts(store)
     statuses = {run["name"]: run["status"] for run in store["runs"]}
 
@@ -173,7 +171,7 @@ def whole(port: int, new_project: NewProject) -> list[str]:
             project = telling(new_project(), proxy.uri)
             ended = project.kedro("run")
             assert ended.returncode == 0, ended.stdout + ended.stderr
-            store = everything.on_server(port, project, proxy)
+            store = everything.on_server(port, project, proxy.uri)
         _whole[port] = facts(store)
         assert told(project)[-1] == LAST
         assert set(told(project)) <= set(_whole[port])
@@ -198,26 +196,9 @@ def test_what_a_killed_run_has_logged_is_there_after_sync(
         project = telling(new_project(), proxy.uri)
         with everything.process(project, "run", WAIT_AFTER=str(number + 1)) as run:
             with (project.path / "waiting").open():  # opened once the pipeline waits
+                everything.sync(project)  # leaves alone what is in progress
                 run.kill()
             run.wait()
-        everything.sync(project)
-
-        check_killed(project, port, proxy, whole)
-
-
-@pytest.mark.parametrize("number", moments("away", TELLS, 1))
-def test_what_a_run_has_logged_that_is_killed_while_the_server_is_away_is_there_after_sync(
-    port: int, new_project: NewProject, whole: list[str], number: int
-) -> None:
-    with faulty_proxy(port, Fault("refuse")) as proxy:
-        project = telling(new_project(), proxy.uri)
-        with everything.process(
-            project, "run", WAIT_AFTER=str(number + 1), **everything.IMPATIENT
-        ) as run:
-            with (project.path / "waiting").open():
-                run.kill()
-            run.wait()
-        proxy.heal()
         everything.sync(project)
 
         check_killed(project, port, proxy, whole)
@@ -225,7 +206,7 @@ def test_what_a_run_has_logged_that_is_killed_while_the_server_is_away_is_there_
 
 @pytest.mark.parametrize("processed", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("index", moments("requests", REQUESTS, 1))
-def test_a_run_that_is_killed_at_a_request_is_on_the_server_after_sync(
+def test_a_run_that_is_killed_while_it_is_replayed_is_on_the_server_after_sync(
     port: int, new_project: NewProject, whole: list[str], index: int, processed: bool
 ) -> None:
     with faulty_proxy(port, Fault("hang", at=index, processed=processed)) as proxy:
@@ -240,76 +221,7 @@ def test_a_run_that_is_killed_at_a_request_is_on_the_server_after_sync(
         check_killed(project, port, proxy, whole)
 
 
-# Kills its process at a line of the function of the runtime that opens a child, or makes a model.
-TRACED = """
-import os
-import signal
-import sys
-
-import mlflow
-from kedro.pipeline import Node, Pipeline
-from PACKAGE.runtime.offline import RecordingStore
-
-CODE = getattr(RecordingStore, os.environ.get("FUNCTION", "create_run")).__code__
-left = int(os.environ.get("LINES", "0"))
-
-
-def trace(frame, event, _):
-    global left
-    if frame.f_code is not CODE:
-        return None
-    if event == "line":
-        left -= 1
-        if left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-    return trace
-
-
-def work():
-    mlflow.log_metric("before", 1.0, step=0, timestamp=1_700_000_000_000)
-    sys.settrace(trace)
-    with mlflow.start_run(nested=True, run_name="child"):
-        mlflow.log_metric("score", 0.5, step=0, timestamp=1_700_000_000_000)
-        mlflow.initialize_logged_model("made")
-    sys.settrace(None)
-    return True
-
-
-def create_pipeline():
-    return Pipeline([Node(work, None, "done")])
-"""
-LINES = 30  # that are executed to open a run, or more
-
-
-@pytest.mark.parametrize("line", moments("lines", LINES, 1))
-@pytest.mark.parametrize("function", ["create_run", "create_logged_model"])
-def test_what_is_killed_while_it_is_being_opened_is_on_the_server_once_after_sync(
-    port: int, new_project: NewProject, function: str, line: int
-) -> None:
-    with faulty_proxy(port) as proxy:
-        project = everything.fill(new_project(), proxy.uri)
-        project.pipeline(TRACED)
-        project.catalog("")
-
-        with everything.process(project, "run", FUNCTION=function, LINES=str(line + 1)) as run:
-            output = run.communicate()[0]
-        everything.sync(project)
-        said = everything.sync(project)
-
-    assert run.returncode in (-signal.SIGKILL, 0), output
-    assert said.startswith("Nothing waits for ")
-    found = everything.on_server(port, project, proxy)
-    names = [run["name"] for run in found["runs"]]
-    assert sorted(names) in (["__default__"], ["__default__", "child"])
-    (main,) = [run for run in found["runs"] if run["name"] == "__default__"]
-    assert main["metrics"] == {"before": [[0, 1_700_000_000_000, 1.0]]}
-    assert {run["status"] for run in found["runs"]} <= {"KILLED", "FINISHED"}
-    assert len(found["models"]) <= 1
-    if function == "create_logged_model" or run.returncode == 0:
-        assert "child" in names
-
-
-def test_the_next_run_sends_one_that_was_killed(
+def test_the_next_run_replays_one_that_was_killed(
     port: int, new_project: NewProject, whole: list[str]
 ) -> None:
     with faulty_proxy(port) as proxy:
@@ -326,75 +238,7 @@ def test_the_next_run_sends_one_that_was_killed(
         ended = project.kedro("run")
 
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    found = everything.on_server(port, project, proxy)
+    found = everything.on_server(port, project, proxy.uri)
     (killed,) = [run for run in found["runs"] if run["name"] == "__default__"]
     assert killed["status"] == "KILLED"
     assert set(before) <= set(facts(found))
-
-
-def recorded(project: Project, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch) -> Project:
-    """Do a run while the server is away, and let it come back."""
-    with monkeypatch.context() as patch:
-        for name, value in everything.IMPATIENT.items():
-            patch.setenv(name, value)
-        everything.fill(project, proxy.uri).run()
-    proxy.heal()
-    return project
-
-
-def test_a_sync_that_is_killed_is_done_by_the_next_one(
-    port: int,
-    new_project: NewProject,
-    undisturbed: Undisturbed,
-    monkeypatch: pytest.MonkeyPatch,
-    request: pytest.FixtureRequest,
-) -> None:
-    every, count = request.config.getoption("--all"), undisturbed.to_sync
-    indices = range(count) if every else random.Random("sync").sample(range(count), 2)
-    for number, index in enumerate(indices):
-        for processed in [False, True] if every else [number % 2 == 0]:
-            with faulty_proxy(port, Fault("refuse")) as proxy:
-                project = recorded(new_project(), proxy, monkeypatch)
-                at = len(proxy.requests) + index
-                proxy.plan(Fault("hang", at=at, processed=processed))
-                with everything.process(project, "mlflow", "sync") as sync:
-                    assert proxy.wait_until_struck_or_ended(sync)
-                    sync.kill()
-                    sync.wait()
-                proxy.heal()
-
-                everything.sync(project)
-
-                assert everything.on_server(port, project, proxy) == undisturbed.content, index
-
-
-def test_two_syncs_at_once_double_nothing(
-    port: int, new_project: NewProject, undisturbed: Undisturbed, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with faulty_proxy(port, Fault("refuse")) as proxy:
-        project = recorded(new_project(), proxy, monkeypatch)
-
-        with (
-            everything.process(project, "mlflow", "sync") as one,
-            everything.process(project, "mlflow", "sync") as two,
-        ):
-            said = [sync.communicate()[0] for sync in (one, two)]
-
-        assert [one.returncode, two.returncode] == [0, 0], said
-        assert everything.on_server(port, project, proxy) == undisturbed.content
-
-
-def test_a_sync_goes_on_while_the_run_does(
-    port: int, new_project: NewProject, whole: list[str]
-) -> None:
-    with faulty_proxy(port) as proxy:
-        project = telling(new_project(), proxy.uri)
-        with everything.process(project, "run", WAIT_AFTER="9") as run:
-            with (project.path / "waiting").open():
-                everything.sync(project)
-                everything.sync(project)
-                run.kill()
-            run.wait()
-        everything.sync(project)
-
-        check_killed(project, port, proxy, whole)

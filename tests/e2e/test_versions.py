@@ -152,7 +152,7 @@ def test_a_run_without_its_server_is_sent_later_with(
     server = f"uv run mlflow server --host=127.0.0.1 --port={port} --workers=1"
     server += " --backend-store-uri=sqlite:///served.db --artifacts-destination=served"
     with running(server.split(), project, env={**environment(), **case.env}, end=signal.SIGINT):
-        assert "Sent to" in run("kedro mlflow sync")
+        assert f"To {uri}" in run("kedro mlflow sync")
         assert "Nothing waits" in run("kedro mlflow sync --dry-run")
         assert "✗" not in run("kedro mlflow doctor")
         run("kedro run --runner=ThreadRunner")

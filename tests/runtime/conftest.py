@@ -242,3 +242,24 @@ def s3() -> Iterator[S3]:
     """An S3 server: one, since all of a process would serve the same buckets."""
     with s3_server() as server:
         yield server
+
+
+_started: list[list[str]] = []
+
+
+@pytest.fixture
+def started() -> list[list[str]]:
+    """The commands that this process starts, but for git's, while a test runs."""
+    if not _hooked:
+        sys.addaudithook(_note_command)  # which can't be taken back
+        _hooked.append(True)
+    _started.clear()
+    return _started
+
+
+_hooked: list[bool] = []
+
+
+def _note_command(event: str, values: tuple[Any, ...]) -> None:
+    if event == "subprocess.Popen" and Path(os.fsdecode(values[0])).name != "git":
+        _started.append([str(word) for word in values[1]])

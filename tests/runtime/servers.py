@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -19,10 +20,16 @@ from typing import Any
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """Return a port that nobody listens on.
+
+    It is below those that systems give to whoever asks for any: a server that takes half a minute
+    to start would find one of these taken by somebody's connection.
+    """
+    while True:
+        port = 10_000 + secrets.randbelow(22_000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 UVICORN = "Uvicorn running on"
@@ -100,6 +107,7 @@ def mlflow_server(
     mlflow: Sequence[str] = MLFLOW,
     ready: str = UVICORN,
     env: Mapping[str, str] = MappingProxyType({}),
+    port: int = 0,
 ) -> Iterator[int]:
     """Serve a store with proxied artifacts, by default a SQLite file and a folder; gives the port.
 
@@ -111,8 +119,9 @@ def mlflow_server(
         mlflow: Command of the MLflow that serves.
         ready: What it logs when it is ready.
         env: Environment variables for it.
+        port: Where it listens; by default a free port.
     """
-    port = free_port()
+    port = port or free_port()
     command = [*mlflow, "server", "--host=127.0.0.1", f"--port={port}", "--workers=1"]
     store = store or f"sqlite:///{(folder / 'mlflow.db').as_posix()}"
     artifacts = artifacts or (folder / "artifacts").as_uri()
@@ -182,6 +191,43 @@ def counting_proxy(port: int, refuse: Refusal | None = None) -> Iterator[Countin
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield CountingProxy(f"http://127.0.0.1:{server.server_address[1]}", requests, headers)
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@contextmanager
+def answering(
+    status: int = 0, headers: Mapping[str, str] = MappingProxyType({}), body: str = ""
+) -> Iterator[CountingProxy]:
+    """Give one answer to all that is asked, as a proxy to `CONNECT` too.
+
+    Without a status the connection is closed. The answer has no other headers than its length.
+    """
+    requests: list[str] = []
+    received: list[dict[str, str]] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def answer(self) -> None:
+            requests.append(f"{self.command} {self.path.partition('?')[0]}")
+            received.append(dict(self.headers))
+            if status:
+                self.send_response_only(status)
+                for name, value in {**headers, "Content-Length": str(len(body))}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(body.encode())
+
+        do_CONNECT = do_GET = do_POST = answer
+
+        def log_message(self, *args: Any) -> None:
+            """Stay quiet."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield CountingProxy(f"http://127.0.0.1:{server.server_address[1]}", requests, received)
     finally:
         server.shutdown()
         server.server_close()

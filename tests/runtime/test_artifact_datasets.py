@@ -711,9 +711,10 @@ def test_a_run_is_asked_for_an_artifact_with_few_requests(
         dataset.load()
         server.requests.clear()
         assert dataset.load() == "hello"
-        assert len(server.requests) == 2, server.requests  # a file or a folder, the download
-        assert dataset.exists()
+        # Whether it is there, whether it is a file or a folder, the download.
         assert len(server.requests) == 3, server.requests
+        assert dataset.exists()
+        assert len(server.requests) == 4, server.requests
 
 
 def test_with_tracking_disabled_all_is_saved_locally_and_nothing_logged(project: Project) -> None:

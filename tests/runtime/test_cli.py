@@ -26,6 +26,8 @@ from mlflow import MlflowClient, environment_variables
 
 from runtime.config import MlflowConfig, commented_yaml
 from runtime.loading import read_credentials
+from runtime.offline.disk import disk_of
+from runtime.server import Server
 
 from .conftest import Project, has
 from .servers import free_port
@@ -287,6 +289,21 @@ def test_ui_serves_on_the_given_port_with_credentials_and_registry_until_termina
         assert served.end(signal.SIGTERM) == 0
 
         assert served.left == set()
+
+
+def test_ui_shows_the_runs_that_are_to_be_replayed(project: Project, empty_store: Path) -> None:
+    uri = f"http://127.0.0.1:{free_port()}"
+    project.mlflow_yml(f"server: {{mlflow_tracking_uri: '{uri}'}}")
+    refused = project.kedro("mlflow", "ui", "--offline")
+    disk = disk_of(Server(uri, uri), project.path)
+    assert disk
+    disk.folder.mkdir(parents=True)
+    shutil.copy(empty_store, disk.folder / "mlflow.db")
+    disk.client().create_experiment("only on disk", disk.artifacts.as_uri())
+
+    assert refusal(refused) == f"--offline: no run on disk waits for {uri}"
+    with pages(project, "--offline") as served:
+        assert MlflowClient(served.address).get_experiment_by_name("only on disk")
 
 
 @pytest.mark.parametrize("how", ["option", "key"])

@@ -92,7 +92,7 @@ def advice(ended: Ended) -> str:
     return str(told)
 
 
-def test_where_nothing_is_wrong_a_doctor_says_so_and_leaves_nothing_behind(
+def test_where_nothing_is_wrong_a_doctor_says_so_and_leaves_a_deleted_run(
     project: Project, mlflow_command: Command
 ) -> None:
     project.pipeline(ONE_NODE)
@@ -109,8 +109,9 @@ def test_where_nothing_is_wrong_a_doctor_says_so_and_leaves_nothing_behind(
     assert marks == {name: "✓" if ok else "-" for name, ok in EMBEDDED.items()}
     assert oks(written) == EMBEDDED
     assert {path for path in project.path.rglob("*") if path.suffix != ".pyc"} == before
-    with sqlite3.connect(project.path / "mlflow.db") as store:
-        assert store.execute("SELECT run_uuid FROM runs").fetchall() == [(run.info.run_id,)]
+    deleted = project.client.search_runs([run.info.experiment_id], "", ViewType.DELETED_ONLY)
+    assert [made.info.run_name for made in deleted] == ["kedro mlflow doctor"] * 2
+    assert project.only_run().info.run_id == run.info.run_id
 
 
 def test_a_store_that_is_not_there_yet_is_right_and_is_not_made(
@@ -572,7 +573,7 @@ def test_only_runs_whose_process_is_surely_gone_are_taken_for_left_open(
     }
 
 
-def test_runs_that_wait_to_be_sent_are_told(project: Project, mlflow_command: Command) -> None:
+def test_runs_that_wait_to_be_replayed_are_told(project: Project, mlflow_command: Command) -> None:
     project.pipeline(ONE_NODE)
     project.parameters({"x": 1})
     away = f"http://127.0.0.1:{free_port()}"
@@ -588,8 +589,8 @@ def test_runs_that_wait_to_be_sent_are_told(project: Project, mlflow_command: Co
 
     assert oks(ended)["offline runs"] is False
     told = finding(ended, "offline runs")
-    assert told["advice"] == "`kedro mlflow sync --env=prod` sends them"
-    assert told["found"] == f"1 run recorded in this project: {run.info.run_id}"
+    assert told["advice"] == "`kedro mlflow sync --env=prod` replays them"
+    assert told["found"] == f"1 run on disk in this project: {run.info.run_id}"
 
 
 def test_no_secret_is_written(project: Project, mlflow_command: Command) -> None:

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from .conftest import Project, needs_kedro
 from .servers import counting_proxy, free_port
 from .test_runners import tracked_on
 
-# What MLflow finds out by itself otherwise, in a process that takes seconds.
+# No requirements but MLflow.
 QUICK: dict[str, Any] = {"pip_requirements": []}
 
 TABLE = pd.DataFrame({"x": [0.0, 1.0, 2.0, 3.0], "z": [1.0, 0.0, 1.0, 0.0]})
@@ -309,6 +310,50 @@ def test_a_model_of_any_kind_is_saved_to_a_local_folder_twice(tmp_path: Path, ki
     assert dataset.exists()
     assert list(kind.predict(dataset.load())) == pytest.approx(list(TARGET), abs=4)
     assert [path.name for path in folder.parent.iterdir()] == ["model 1"]
+
+
+# What a model of each kind requires besides MLflow; with what it may have been serialized.
+SERIALIZERS = {"cloudpickle", "skops"}
+REQUIRED = {
+    "scikit-learn": ({"scikit-learn"}, SERIALIZERS),
+    "xgboost": ({"xgboost-cpu"}, set()),
+    "lightgbm": ({"lightgbm"}, SERIALIZERS),
+    "statsmodels": ({"statsmodels"}, set()),
+    "a PythonModel": ({"cloudpickle"}, set()),
+    "a function": ({"cloudpickle"}, set()),
+    "a loader": ({"cloudpickle"}, set()),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_model_requires_what_its_flavor_does_without_a_search(
+    client: MlflowClient,
+    tmp_path: Path,
+    started: list[list[str]],
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for lock in ("uv.lock", "pyproject.toml"):
+        Path(lock).touch()
+    arguments, model = KINDS[name].arguments(tmp_path), KINDS[name].model(tmp_path)
+    save_args = {**arguments.pop("save_args"), "pip_requirements": None}
+    save_args["extra_pip_requirements"] = ["emoji==1.0"]
+    dataset = MlflowModelTrackingDataset(**arguments, save_args=save_args)
+
+    dataset.save(model)
+    MlflowModelLocalFileSystemDataset("local", **arguments, save_args=save_args).save(model)
+
+    place = client.get_logged_model(dataset.model_uri.rpartition("/")[2]).artifact_location
+    always, serializers = REQUIRED[name]
+    for folder in (Path(place.removeprefix("file://")), Path("local")):
+        lines = (folder / "requirements.txt").read_text().splitlines()
+        pinned = dict(line.split("==") for line in lines)
+        assert {*always, "emoji", "mlflow"} <= set(pinned)
+        assert set(pinned) <= {*always, *serializers, "emoji", "mlflow"}
+        assert pinned == {n: v if n == "emoji" else metadata.version(n) for n, v in pinned.items()}
+        assert not (folder / "uv.lock").exists()
+    assert started == []
 
 
 @pytest.mark.parametrize("runner", [SequentialRunner, ThreadRunner])

@@ -41,7 +41,6 @@ from mlflow.pyfunc.model import PythonModelContext
 
 from runtime import KedroPipelineModel, pipeline_ml_factory
 from runtime.pipeline_ml import PipelineError
-from runtime.requirements import needed
 
 from .conftest import Project, copy_of, for_kedro
 from .s3 import S3
@@ -971,7 +970,7 @@ def test_a_prediction_within_a_kedro_run_calls_no_hook_and_makes_no_run(
 
 # The files of a model.
 
-LAZY = """
+WEIGHING_TABLES = """
 import pandas as pd
 from kedro.pipeline import Node, Pipeline
 
@@ -983,9 +982,7 @@ def make():
 
 
 def predict(new, weights):
-    import s3fs
-
-    return new.assign(kind=s3fs.__name__, weight=weights["x"].sum())
+    return new.assign(weight=weights["x"].sum())
 
 
 def create_pipeline():
@@ -1001,24 +998,30 @@ TABLES = """
 """
 
 
-def test_the_requirements_are_those_of_the_pipeline(project: Project) -> None:
-    project.pipeline(LAZY, "training")
+def test_a_model_requires_what_its_project_declares(
+    project: Project, started: list[list[str]]
+) -> None:
+    project.pipeline(WEIGHING_TABLES, "training")
     project.catalog(TABLES)
+    described = project.path / "pyproject.toml"
+    url = "https://me:secret@packages.example/simple"
+    index = f'[[tool.uv.index]]\nurl = "{url}"\n'
+    described.write_text(f"{described.read_text()}\n{index}")
 
-    ended = project.kedro("run", "--pipelines=training")
+    train(project)
 
-    assert ended.returncode == 0, ended.stderr
     folder = folder_of(project)
     lines = (folder / "requirements.txt").read_text().splitlines()
-    names = {line.partition("==")[0] for line in lines}
-    assert {"cloudpickle", "kedro", "kedro-datasets", "mlflow", "pandas", "s3fs"} <= names
-    development = {"copier", "hypothesis", "ipython", "moto", "mypy", "pytest", "ruff"}
-    assert not names & {*development, project.package, project.package.replace("_", "-")}
-    assert f"kedro=={version('kedro')}" in lines
-    assert "emoji==1.0" in lines
+    assert lines == [
+        "--extra-index-url https://packages.example/simple",
+        *(f"{name}=={version(name)}" for name in ("cloudpickle", "kedro", "kedro-datasets")),
+        f"mlflow=={version('mlflow')}",
+        "emoji==1.0",
+    ]
     conda = yaml.safe_load((folder / "conda.yaml").read_text())
     assert conda["dependencies"][-1] == {"pip": lines}
     assert not list(folder.glob("*example*"))
+    assert started == []
 
 
 def test_the_arguments_of_log_model_have_their_effect(project: Project) -> None:
@@ -1199,124 +1202,6 @@ def test_data_that_mlflow_can_not_describe_is_warned_of(
     assert model.metadata.signature.inputs is None
     answer = model.predict(datetime.timedelta(2), params={"factor": 2})
     assert answer.to_dict("records") == [{"kind": "timedelta", "factor": 2.0}]
-
-
-# Which requirements are needed.
-
-LISTED = ["mlflow==3", "cloudpickle==3", "kedro==1", "pytest==9", "moto==5", "pandas==3"]
-
-
-@pytest.fixture
-def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Install a package `shop` as the distribution `Penguin.Shop`."""
-
-    def install(*dependencies: str) -> None:
-        folder = tmp_path / "site-packages"
-        about = folder / "penguin_shop-1.0.dist-info"
-        about.mkdir(parents=True)
-        (folder / "shop").mkdir()
-        (folder / "shop" / "__init__.py").touch()
-        lines = ["Metadata-Version: 2.1", "Name: Penguin.Shop", "Version: 1.0"]
-        lines += [f"Requires-Dist: {dependency}" for dependency in dependencies]
-        (about / "METADATA").write_text("\n".join(lines))
-        (about / "RECORD").write_text("shop/__init__.py,,\npenguin_shop-1.0.dist-info/METADATA,,")
-        monkeypatch.syspath_prepend(folder)
-
-    return install
-
-
-def code(folder: Path, **modules: str) -> Path:
-    """Write the code that travels with a model."""
-    (folder / "code" / "shop").mkdir(parents=True)
-    for name, text in modules.items():
-        (folder / "code" / "shop" / f"{name}.py").write_text(text)
-    return folder / "code"
-
-
-def test_what_an_installed_project_declares_is_needed_but_not_itself(
-    tmp_path: Path, installed: Callable[..., None]
-) -> None:
-    installed("Moto>=4", "pytest; extra == 'dev'", "colorama; sys_platform == 'none'")
-
-    found = needed(["penguin-shop==1.0", *LISTED], "shop", code(tmp_path))
-
-    assert found == [line for line in LISTED if not line.startswith("pytest")]
-
-
-def test_what_the_code_imports_is_needed(tmp_path: Path, installed: Callable[..., None]) -> None:
-    installed()
-    folder = code(
-        tmp_path,
-        a="import s3fs.core\nfrom . import pytest\n",
-        b="def node():\n    from hypothesis import given\n",
-        template="{% if x %}",
-    )
-
-    found = needed([*LISTED, "s3fs==1", "hypothesis==6"], "shop", folder)
-
-    kept = [line for line in LISTED if not line.startswith(("pytest", "moto"))]
-    assert found == [*kept, "s3fs==1", "hypothesis==6"]
-
-
-def test_what_nodes_import_when_they_are_called_is_added(
-    tmp_path: Path, installed: Callable[..., None]
-) -> None:
-    installed()
-    node = "import copier\nasync def node():\n    import s3fs, hypothesis.strategies, json, shop\n"
-    folder = code(tmp_path, nodes=node, other=node.replace("s3fs", "moto"))
-
-    found = needed(["s3fs==1"], "shop", folder, modules=["shop.nodes"])
-
-    assert sorted(found) == [
-        f"hypothesis=={version('hypothesis')}",
-        f"kedro=={version('kedro')}",
-        "s3fs==1",
-    ]
-
-
-def test_what_mlflow_left_out_for_one_that_is_not_needed_is_added(
-    tmp_path: Path, installed: Callable[..., None]
-) -> None:
-    installed("s3fs")
-    # s3fs needs aiobotocore, and moto needs botocore: MLflow lists moto alone.
-    found = needed(["mlflow==3", "moto==5"], "shop", code(tmp_path))
-
-    assert "moto==5" not in found
-    assert f"botocore=={version('botocore')}" in found
-
-
-def test_what_is_given_stays(tmp_path: Path, installed: Callable[..., None]) -> None:
-    installed()
-    given = ["pytest==9", "-c constraints.txt", "git+https://example.com/emoji"]
-
-    found = needed([*given, "ruff==1", "kedro==1"], "shop", code(tmp_path), given=given)
-
-    assert found == [*given, "kedro==1"]
-
-
-@pytest.mark.parametrize(
-    ("described", "expected"),
-    [
-        ('dependencies = ["moto>=4", "ruff; python_version < \'3\'"]', ["moto==5"]),
-        ('name = "s3fs"\ndynamic = ["dependencies"]', ["aiobotocore==3"]),
-        # It isn't known what this project declares.
-        ('dynamic = ["dependencies"]', ["ruff==1", "moto==5", "aiobotocore==3"]),
-    ],
-)
-def test_the_projects_folder_tells_what_it_declares_when_it_is_installed_from_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, described: str, expected: list[str]
-) -> None:
-    (tmp_path / "src" / "shop").mkdir(parents=True)
-    (tmp_path / "src" / "shop" / "__init__.py").touch()
-    tool = '[tool.kedro]\npackage_name = "shop"'
-    (tmp_path / "pyproject.toml").write_text(f"[project]\n{described}\n{tool}")
-    (tmp_path / "src" / "pyproject.toml").write_text('[project]\ndependencies = ["ruff"]')
-    monkeypatch.syspath_prepend(tmp_path / "src")
-
-    listed = ["mlflow==3", "kedro==1", "ruff==1", "moto==5", "aiobotocore==3"]
-    found = needed(listed, "shop", code(tmp_path))
-
-    assert found == ["mlflow==3", "kedro==1", *expected]
 
 
 # By hand, without a project.

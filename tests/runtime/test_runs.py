@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from click import ClickException
 from kedro.io import DatasetError
 
 from runtime.server import Server
@@ -258,6 +259,32 @@ def test_nothing_but_a_tracked_run_imports_mlflow_or_needs_the_store(
         assert ended.returncode == 0, command + ended.stdout + ended.stderr
     assert "MLflow was imported" in project.kedro("run", PYTHONPATH=path).stderr
     assert not (project.path / "mlflow.db").exists()
+
+
+@pytest.mark.parametrize("disabled", [False, True])
+def test_no_run_begins_where_kedro_mlflow_would_track_it_too(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, disabled: bool
+) -> None:
+    plugin = tmp_path / "site" / "kedro_mlflow-2.0.3.dist-info"
+    plugin.mkdir(parents=True)
+    (plugin / "METADATA").write_text("Metadata-Version: 2.1\nName: kedro_mlflow\nVersion: 2.0.3\n")
+    (plugin / "entry_points.txt").write_text("[kedro.hooks]\nkedro_mlflow = kedro_mlflow:hook\n")
+    (plugin.parent / "kedro_mlflow.py").write_text("hook = type('Hook', (), {})()\n")
+    monkeypatch.syspath_prepend(plugin.parent)
+    project.pipeline(ONE_NODE)
+    project.parameters({"x": 1})
+    if disabled:
+        settings = project.path / "src" / project.package / "settings.py"
+        with settings.open("a") as file:
+            file.write('DISABLE_HOOKS_FOR_PLUGINS = ("kedro_mlflow",)\n')
+
+    if disabled:
+        project.run()
+    else:
+        with pytest.raises(ClickException, match="kedro-mlflow is installed"):
+            project.run()
+
+    assert len(project.all_runs()) == disabled
 
 
 def test_parameters_that_are_too_long_fail_before_there_is_a_run(project: Project) -> None:

@@ -134,7 +134,7 @@ def change_what_belongs_to_the_owner(template: Path) -> None:
 def rename_a_runtime_file(template: Path) -> None:
     runtime = template / RUNTIME
     shutil.copy(runtime / "showing.py", runtime / "displaying.py")
-    for user in ("cli.py", "doctor.py", "sync.py"):
+    for user in ("cli.py", "doctor.py"):
         replace(runtime / user, "from .showing", "from .displaying")
     leave_a_line(template, f"{RUNTIME}/showing.py", "src/penguin_study/runtime/showing.py")
 

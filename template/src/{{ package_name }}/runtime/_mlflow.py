@@ -3,3 +3,163 @@
 Each function says why there is no public way, and the version of MLflow that it was seen in; a
 test named after it (tests/runtime/test_private.py) fails when MLflow has it no more.
 """
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mlflow import ActiveRun
+    from mlflow.entities import Trace, TraceInfo
+    from mlflow.tracking.request_header.abstract_request_header_provider import (
+        RequestHeaderProvider,
+    )
+    from sqlalchemy.engine import Engine
+
+
+def active_runs() -> list[ActiveRun]:
+    """Return MLflow's own list of the runs that are active in this thread, the innermost last.
+
+    `mlflow.start_run(run_id=…)` and `mlflow.end_run()` make four requests for each node, and end
+    the run. Seen in MLflow 3.9 to 3.17.
+    """
+    from mlflow.tracking import fluent
+
+    runs: list[ActiveRun] = fluent._active_run_stack.get()
+    return runs
+
+
+def set_active_experiment(experiment_id: str | None) -> None:
+    """Set the experiment of the runs that `mlflow.start_run` makes in this process.
+
+    `mlflow.set_experiment` makes a request for each node, leaves the id in the environment, and
+    can't take the experiment back. Seen in MLflow 3.9 to 3.17.
+    """
+    from mlflow.tracking import fluent
+
+    fluent._active_experiment_id = experiment_id  # type: ignore[assignment]
+
+
+def export_artifact_root(location: str | None) -> None:
+    """Set where MLflow puts the files of an experiment that it makes in a database by itself.
+
+    MLflow has an option for this for its server alone, which hands it to its workers in this
+    variable; without it the files go to the working directory. Where nothing has to be set, the
+    variable must not be there: it marks the process as a server's. Seen in MLflow 3.10 to
+    3.17.
+    """
+    if location is None:
+        os.environ.pop("_MLFLOW_SERVER_ARTIFACT_ROOT", None)
+    else:
+        os.environ["_MLFLOW_SERVER_ARTIFACT_ROOT"] = location
+
+
+def engines() -> list[Engine]:
+    """Return the engines of the databases that MLflow has opened in this process.
+
+    SQLAlchemy wants them disposed of in a forked process, which MLflow doesn't do, and its clients
+    don't give them out. Seen in MLflow 3.9 to 3.17.
+    """
+    modules = (
+        "mlflow.store.tracking.sqlalchemy_store",
+        "mlflow.store.model_registry.sqlalchemy_store",
+    )
+    stores: list[Any] = [
+        sys.modules[name].SqlAlchemyStore for name in modules if name in sys.modules
+    ]
+    return [engine for store in stores for engine in store._engine_map.values()]
+
+
+def register_header_provider(provider: RequestHeaderProvider) -> None:
+    """Let MLflow ask a provider for the headers of each request.
+
+    MLflow takes providers from entry points, which a package has only when it is installed. Seen
+    in MLflow 3.9 to 3.17.
+    """
+    from mlflow.tracking.request_header.registry import _request_header_provider_registry
+
+    _request_header_provider_registry.register(lambda: provider)
+
+
+def autologging_configs() -> dict[str, dict[str, Any]]:
+    """Return MLflow's own table of what autologging was called with, by integration.
+
+    `get_autologging_config` reads it, but nothing public takes an entry back, and `mlflow.autolog`
+    keeps away from every integration that has one. Seen in MLflow 3.9 to 3.17.
+    """
+    from mlflow.utils.autologging_utils import AUTOLOGGING_INTEGRATIONS
+
+    configs: dict[str, dict[str, Any]] = AUTOLOGGING_INTEGRATIONS
+    return configs
+
+
+def renew_autologging_threads() -> None:
+    """Give autologging threads of this process.
+
+    It hands its requests to pools of threads that it makes when it is imported. In a forked process
+    those threads don't exist, and a fit would wait for them for ever. Seen in MLflow 3.9 to 3.17.
+    """
+    from mlflow.utils.autologging_utils import client, metrics_queue
+
+    for module, name in (
+        (client, "_AUTOLOGGING_QUEUEING_CLIENT_THREAD_POOL"),
+        (metrics_queue, "_thread_pool"),
+    ):
+        pool: ThreadPoolExecutor = getattr(module, name)
+        setattr(module, name, ThreadPoolExecutor(pool._max_workers))
+
+
+def write_trace(uri: str, info: TraceInfo, trace: Trace) -> None:
+    """Write a trace with the id, times and spans that it has in another store.
+
+    The public `mlflow.start_span_no_context` gives each trace a new id, sends it to the global
+    tracking URI in a thread, and only logs what goes wrong. `TracingClient` is what MLflow itself
+    writes traces with; writing one twice leaves one (seen in MLflow 3.17).
+
+    Args:
+        uri: Where to write to.
+        info: What is written of the trace as a whole.
+        trace: The trace, for its spans.
+    """
+    from mlflow.tracing.client import TracingClient
+
+    # The store gives its own place, and refuses a second one.
+    tags = {key: text for key, text in info.tags.items() if key != "mlflow.artifactLocation"}
+    client = TracingClient(uri)
+    client.start_trace(replace(info, tags=tags))
+    client.log_spans(str(info.experiment_id), trace.data.spans)
+
+
+def delete_for_good(uri: str, run_ids: Iterable[str], model_ids: Iterable[str]) -> None:
+    """Delete runs and logged models from a SQLite store for good, but not their files.
+
+    The public `delete_run` only marks them. What deletes them, `mlflow gc`, is a command that
+    removes files too, wherever the store says that they are; it calls these methods (seen in
+    MLflow 3.17).
+    """
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    store = SqlAlchemyStore(uri, "")
+    try:
+        for model_id in model_ids:
+            store._hard_delete_logged_model(model_id)
+        for run_id in run_ids:
+            store._hard_delete_run(run_id)
+    finally:
+        store.engine.dispose()
+
+
+def default_experiment_id() -> str:
+    """Return the experiment that `mlflow.start_run()` would use in this process.
+
+    MLflow 3.17 offers it only together with a run. `mlflow.search_runs` uses it too, but asks the
+    server that the whole process points at.
+    """
+    from mlflow.tracking import fluent
+
+    return str(fluent._get_experiment_id())

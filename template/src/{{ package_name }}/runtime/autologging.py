@@ -6,7 +6,6 @@ import inspect
 import os
 import threading
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import lru_cache
@@ -14,6 +13,7 @@ from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any
 
+from . import _mlflow
 from .server import SettingError
 
 # As in `tracking.autolog` of mlflow.yml: what is on, or the options of each flavor.
@@ -32,15 +32,13 @@ class _Flavor:
     before: Mapping[str, Any]
 
     def switch_off(self) -> None:
-        from mlflow.utils.autologging_utils import AUTOLOGGING_INTEGRATIONS
-
         if self.before.get("disable", True):
             self.autolog(disable=True)
         else:  # the user has switched it on
             taken = inspect.signature(self.autolog).parameters
             self.autolog(**{name: self.before[name] for name in taken})
         # Of what has been switched on or off by itself `mlflow.autolog()` keeps away.
-        AUTOLOGGING_INTEGRATIONS[self.autolog.integration_name] = dict(self.before)
+        _mlflow.autologging_configs()[self.autolog.integration_name] = dict(self.before)
 
 
 def switch_on(flavors: Flavors) -> None:
@@ -68,19 +66,8 @@ def switch_on_in_worker(flavors: Flavors) -> None:
 
 @lru_cache
 def _renew_threads(pid: int) -> None:  # noqa: ARG001
-    """Give MLflow threads of this process, once in it.
-
-    Autologging hands its requests to pools of threads. Those that the process had which this one
-    was forked from don't exist here, and a fit would wait for them for ever.
-    """
-    from mlflow.utils.autologging_utils import client, metrics_queue
-
-    for module, name in (
-        (client, "_AUTOLOGGING_QUEUEING_CLIENT_THREAD_POOL"),
-        (metrics_queue, "_thread_pool"),
-    ):
-        pool: ThreadPoolExecutor = getattr(module, name)
-        setattr(module, name, ThreadPoolExecutor(pool._max_workers))
+    """Give MLflow threads of this process, once in it."""
+    _mlflow.renew_autologging_threads()
 
 
 def switch_off() -> None:
@@ -106,7 +93,6 @@ def keep_quiet() -> None:
 
 def _call_autolog(name: str, options: Mapping[str, Any]) -> _Flavor:
     import mlflow
-    from mlflow.utils.autologging_utils import AUTOLOGGING_INTEGRATIONS
 
     key = ("tracking", "autolog", name)
     known = [module.name for module in iter_modules(mlflow.__path__)]
@@ -121,7 +107,7 @@ def _call_autolog(name: str, options: Mapping[str, Any]) -> _Flavor:
         if wrong := [option for option in options if option not in taken]:
             what = f"unknown option {wrong[0]!r}, expected one of {', '.join(taken)}"
             raise SettingError(key, what)
-        before = dict(AUTOLOGGING_INTEGRATIONS.get(autolog.integration_name, {}))
+        before = dict(_mlflow.autologging_configs().get(autolog.integration_name, {}))
         autolog(**options)
     except ImportError as error:
         raise SettingError(key, f"its library can't be imported: {error}") from error

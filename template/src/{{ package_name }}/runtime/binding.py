@@ -8,7 +8,7 @@ import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from functools import partial
 from inspect import isgeneratorfunction
 from typing import TYPE_CHECKING, Any
@@ -17,20 +17,32 @@ from uuid import uuid4
 import click
 from kedro.framework import project
 
-from . import autologging, credentials, endings, failures, outputs, params, provenance, tracking
+from . import (
+    _kedro,
+    autologging,
+    credentials,
+    endings,
+    failures,
+    outputs,
+    params,
+    provenance,
+    tracking,
+)
 from .config import MlflowConfig, RequestHeaderProviderOptions
 from .datasets.tracked import TrackedDataset
 from .loading import (
     ConfigError,
+    all_credentials,
     configured_package,
     mistake,
     package_name,
     read_credentials,
     register_header_provider,
 )
+from .offline import OF_RUNS, replay_after_run
+from .offline.disk import Disk, disk_of, open_for_run
 from .pipeline_ml import PipelineML
-from .recording import recording
-from .server import Server, SettingError
+from .server import SettingError, lack_of_models
 
 if TYPE_CHECKING:
     from kedro.framework.context import KedroContext
@@ -52,6 +64,7 @@ class Binding:
     """What the catalog carries: the run, and what a worker has to know of where it comes from."""
 
     run: tracking.RunHandle | None  # None where tracking is disabled
+    disk: Disk | None  # where the run is before it is replayed to the server
     package_name: str
     header_provider: RequestHeaderProviderOptions
     secrets: params.Secrets
@@ -214,7 +227,7 @@ def modelify(
     try:
         run = run_of(catalog)
         assert run, "a command of its own is always tracked"
-        info = packing.log(run, model, catalog, package_name(context), arguments)
+        info = packing.log(run, model, catalog, package_name(), arguments)
     except BaseException as error:
         fail(catalog, error)
         raise
@@ -231,8 +244,11 @@ def fail(catalog: DataCatalog, error: BaseException) -> None:
 
 def end(catalog: DataCatalog, status: str) -> None:
     """End the run of a catalog, and take its credentials back."""
-    if run := run_of(catalog):
-        run.finish(status)
+    binding = _binding_of(catalog)
+    if binding and binding.run and binding.run.is_ours:
+        binding.run.finish(status)
+        if binding.disk:
+            replay_after_run(binding.disk, binding.run.run_id, binding.variables)
     credentials.take_back(_untracked(catalog))
 
 
@@ -253,7 +269,7 @@ def report(catalog: DataCatalog, error: BaseException, node: str | None = None) 
     with suppress(AttributeError):  # an exception with slots is told twice
         setattr(error, _REPORTED, run.opening)
     lines = traceback.format_exception(type(error), error, error.__traceback__)
-    error = failures.told(error) or error
+    error = failures.artifact_error_in(error) or error
     with _warning_of_failures():
         run.report_error(
             binding.secrets.hide_in(f"{type(error).__name__}: {error}"),
@@ -264,7 +280,7 @@ def report(catalog: DataCatalog, error: BaseException, node: str | None = None) 
 
 def sentence_of(catalog: DataCatalog, error: BaseException) -> ConfigError | None:
     """Give the sentence to show instead of an error whose cause is in the set-up."""
-    binding, told = _binding_of(catalog), failures.told(error)
+    binding, told = _binding_of(catalog), failures.artifact_error_in(error)
     return ConfigError(binding.secrets.hide_in(told.message)) if binding and told else None
 
 
@@ -306,7 +322,7 @@ def track(
     # A dataset that can't be made fails here, before there is a run.
     datasets = {name: catalog.get(name) for name in pipeline.datasets()}
     secrets = _secrets(context)
-    run = None
+    run = disk = None
     disabled = set(names) <= set(config.tracking.disable_tracking.pipelines)
     if not disabled or command != ("run",):
         variables = read_credentials(context)
@@ -314,10 +330,18 @@ def track(
         if isinstance(pipeline, PipelineML):
             _check_model(pipeline, catalog, secrets)
         logged, tags = _parameters(config, pipeline, catalog, secrets)
+        store, options_of_run = server, config.tracking
+        if disk := _disk(config, context):
+            logger.info(
+                "The run is kept on disk until it has ended: `kedro mlflow ui --offline` shows it"
+            )
+            store, options_of_run = disk.store, open_for_run(disk, config.tracking)
+            unset = {key: text for key, text in OF_RUNS.items() if key not in os.environ}
+            variables = {**unset, **variables}
         try:
             run = tracking.start(
-                _server(config, context),
-                config.tracking,
+                store,
+                options_of_run,
                 name=secrets.hide_in(config.tracking.run.name or "+".join(names)),
                 params=logged,
                 tags={**_tags(context, run_params, secrets, command, options), **tags},
@@ -326,7 +350,10 @@ def track(
             )
         except SettingError as error:
             raise mistake(context, error.key, secrets.hide_in(str(error))) from error
-        server = run.server
+        if run.server != store:  # an open run elsewhere, which this one is a part of
+            disk = None
+        if disk is None:
+            server = run.server
         if config.tracking.autolog and provenance.runner_name(run_params) == "ThreadRunner":
             logger.warning(
                 "MLflow's autologging follows one fit at a time in a process: of fits that overlap "
@@ -343,7 +370,8 @@ def track(
             autologging.keep_quiet()  # it would make a run of its own
     catalog[ENTRY] = Binding(
         run,
-        package_name(context),
+        disk,
+        package_name(),
         config.server.request_header_provider,
         secrets,
         tuple(config.tracking.artifacts.datasets),
@@ -357,26 +385,24 @@ def track(
     in_chunks = {name for node in generators for name in node.outputs}
     try:
         for name, dataset in datasets.items():
-            # CachedDataset keeps the dataset that it caches under this name.
-            for candidate in (dataset, getattr(dataset, "_dataset", None)):
-                if isinstance(candidate, TrackedDataset):
-                    candidate.in_chunks = name in in_chunks
-                    candidate.bind(server, run, name)
+            tracked = _kedro.uncached(dataset)
+            if isinstance(tracked, TrackedDataset):
+                tracked.in_chunks = name in in_chunks
+                tracked.bind(server, run, name)
         logs_models = run is not None and _logs_models(pipeline, datasets)
-        if logs_models and (lack := failures.lack_of_models(server)):
+        if logs_models and (lack := lack_of_models(server)):
             raise mistake(context, lack.key, str(lack))
     except BaseException as error:  # a dataset may look at its place, which may not be reachable
         fail(catalog, error)
         raise
 
 
-def _server(config: MlflowConfig, context: KedroContext) -> Server:
-    """Give the server, with the folder that its runs are recorded in when it may go away."""
-    server = config.server.connection
-    if config.tracking.on_unreachable == "offline":
-        found = recording(server.tracking_uri, server.registry_uri, context.project_path)
-        return replace(server, folder=str(found.folder)) if found else server
-    return server
+def _disk(config: MlflowConfig, context: KedroContext) -> Disk | None:
+    """Return the store on disk that runs are recorded in, when the server may go away."""
+    if config.tracking.on_unreachable != "offline":
+        return None
+    restore = config.tracking.experiment.restore_if_deleted
+    return disk_of(config.server.connection, context.project_path, restore_if_deleted=restore)
 
 
 def _logs_models(pipeline: Pipeline, datasets: Mapping[str, Any]) -> bool:
@@ -385,9 +411,8 @@ def _logs_models(pipeline: Pipeline, datasets: Mapping[str, Any]) -> bool:
 
     if isinstance(pipeline, PipelineML) and not pipeline.missing:
         return True
-    saved = [datasets[name] for name in pipeline.all_outputs() if name in datasets]
-    inner = [getattr(dataset, "_dataset", None) for dataset in saved]  # of a CachedDataset
-    return any(isinstance(dataset, MlflowModelTrackingDataset) for dataset in [*saved, *inner])
+    saved = [_kedro.uncached(datasets[name]) for name in pipeline.all_outputs() & datasets.keys()]
+    return any(isinstance(dataset, MlflowModelTrackingDataset) for dataset in saved)
 
 
 def _parameters(
@@ -435,7 +460,7 @@ def _secrets(context: KedroContext) -> params.Secrets:
     config: MlflowConfig = context.mlflow  # type: ignore[attr-defined]
     return params.Secrets(
         tuple(config.tracking.redact),
-        frozenset(params.secret_values(context._get_config_credentials())),
+        frozenset(params.secret_values(all_credentials(context))),
     )
 
 
@@ -450,5 +475,5 @@ def _tags(
     hidden = [secrets.hide_in(option) for option in options]
     return {
         **provenance.run_tags(secrets.hide(run_params), hidden, command),
-        **provenance.source_tags(context.project_path, package_name(context)),
+        **provenance.source_tags(context.project_path, package_name()),
     }

@@ -12,12 +12,13 @@ import subprocess
 import sys
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
-from kedro.framework.cli.utils import _split_params, env_option
+from kedro.framework.cli.utils import env_option
 from kedro.framework.startup import ProjectMetadata
 
 if TYPE_CHECKING:
@@ -79,8 +80,11 @@ def _config_files(environment: Path) -> list[Path]:
     type=click.IntRange(1, 65535),
     help="Port to listen on; `ui.port`, or a free one, by default.",
 )
+@click.option("--offline", is_flag=True, help="Show the runs that are on disk, to be replayed.")
 @click.pass_obj
-def ui(metadata: ProjectMetadata, env: str | None, host: str | None, port: int | None) -> None:
+def ui(
+    metadata: ProjectMetadata, env: str | None, host: str | None, port: int | None, offline: bool
+) -> None:
     """Open MLflow's pages on the project's runs; Ctrl-C ends them.
 
     The embedded store is served from here. A tracking server has pages of its own: they are
@@ -90,12 +94,15 @@ def ui(metadata: ProjectMetadata, env: str | None, host: str | None, port: int |
 
     from .config import MlflowConfig
     from .loading import is_database, read_credentials
+    from .offline.command import store_on_disk
 
     with KedroSession.create(project_path=metadata.project_path, env=env) as session:
         context: Any = session.load_context()  # type: ignore[attr-defined]
         config: MlflowConfig = context.mlflow
         variables = read_credentials(context)
     server = config.server.connection
+    if offline:
+        server = store_on_disk(server, metadata.project_path)
     if not is_database(server.tracking_uri):
         page = re.sub(r"//[^/?#]*@", "//", server.tracking_uri)  # without user and password
         click.echo(f"The runs are on {page}")
@@ -118,13 +125,22 @@ def ui(metadata: ProjectMetadata, env: str | None, host: str | None, port: int |
     raise SystemExit(_serve(command, metadata.project_path, variables))
 
 
+def _params(command: click.Context, _option: click.Parameter, value: str) -> dict[str, Any]:
+    """Read `--params` as `kedro run` does."""
+    from kedro.framework.cli.project import run
+
+    (option,) = (option for option in run.params if option.name == "params")
+    read: dict[str, Any] = option.process_value(command, value)
+    return read
+
+
 @mlflow.command()
 @env_option
 @click.option("--pipeline", "-p", "name", required=True, help="Pipeline to make a model of.")
 @click.option(
     "--input-name", "-i", required=True, help="Its input that is given for each prediction."
 )
-@click.option("--params", default="", callback=_split_params, help="As for `kedro run`.")
+@click.option("--params", default="", callback=_params, help="As for `kedro run`.")
 @click.option(
     "--infer-signature", is_flag=True, help="Infer the signature from the data of the input."
 )
@@ -162,7 +178,6 @@ def modelify(
     **options: Any,
 ) -> None:
     """Log a pipeline as a model that can be served, with the data that is there now."""
-    from kedro import __version__
     from kedro.framework.session import KedroSession
 
     from .binding import modelify
@@ -182,7 +197,7 @@ def modelify(
         run_params = {
             "project_path": str(metadata.project_path),
             "env": context.env,
-            "kedro_version": __version__,
+            "kedro_version": version("kedro"),
             "runtime_params": params,
             "pipeline_name": name,
         }
@@ -200,19 +215,21 @@ def modelify(
 
 @mlflow.command(name="sync")
 @env_option
-@click.option("--dry-run", is_flag=True, help="List what would be sent, and send nothing.")
-@click.option("--prune", is_flag=True, help="Remove from the disk what the server has.")
+@click.option("--dry-run", is_flag=True, help="List what would be replayed, and do nothing.")
+@click.option("--discard", multiple=True, metavar="RUN", help="Remove a run from the disk instead.")
 @click.pass_obj
-def _sync(metadata: ProjectMetadata, env: str | None, dry_run: bool, prune: bool) -> None:
-    """Send the runs that were recorded while the server was away.
+def _sync(
+    metadata: ProjectMetadata, env: str | None, dry_run: bool, discard: tuple[str, ...]
+) -> None:
+    """Replay the runs that are on disk to the server, and remove from the disk what it has.
 
-    What was sent stays on the disk until --prune. It can be interrupted, and started again.
+    It can be interrupted, and started again.
     """
-    from .sync import sync
+    from .offline.command import sync
 
     with _opened(metadata, env) as context:
-        all_sent = sync(context, dry_run=dry_run, prune=prune)
-    if not all_sent:
+        is_whole = sync(context, dry_run=dry_run, discard=discard)
+    if not is_whole:
         raise SystemExit(1)
 
 
@@ -292,8 +309,8 @@ def doctor(metadata: ProjectMetadata, env: str | None, fix: bool, as_json: bool)
 
     To see whether it may write, it makes a run named "kedro mlflow doctor" in the experiment, with
     one small artifact, and deletes both; an experiment that is missing is made, as the first run
-    would. On a server the deleted run stays in MLflow's bin until `mlflow gc`. A store that isn't
-    there yet isn't made.
+    would. The deleted run stays in MLflow's bin until `mlflow gc`. A store that isn't there yet
+    isn't made.
     """
     from .doctor import examine, show
     from .showing import console

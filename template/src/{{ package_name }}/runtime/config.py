@@ -136,6 +136,10 @@ class ExperimentOptions(_Options):
     )
     _server: ServerOptions | None = PrivateAttr(None)
 
+    def set_server(self, server: ServerOptions) -> None:
+        """Set the server that `entity` asks."""
+        self._server = server
+
     @property
     def entity(self) -> Experiment:
         """MLflow's object for the experiment, which is made or restored when need be."""
@@ -201,8 +205,8 @@ class TrackingOptions(_Options):
     disable_tracking: DisableTrackingOptions = DisableTrackingOptions()
     on_unreachable: Literal["fail", "offline"] = Field(
         default="fail",
-        description="When the server is away: fail before the first node, or offline (record the "
-        "run in .mlflow-offline and send it later).",
+        description="When the server is away: fail before the first node, or offline (keep each "
+        "run in .mlflow-offline, and replay it to the server at its end or later).",
     )
     experiment: ExperimentOptions = ExperimentOptions()
     run: RunOptions = RunOptions()

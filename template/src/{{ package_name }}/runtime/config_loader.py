@@ -7,6 +7,8 @@ from typing import Any
 
 from kedro.config import OmegaConfigLoader
 
+from . import _kedro
+
 _lock = RLock()
 
 
@@ -24,5 +26,5 @@ class ConfigLoader(OmegaConfigLoader):
     def __getitem__(self, key: str) -> dict[str, Any]:
         """Load what the files of a kind of configuration say, with this loader's resolvers."""
         with _lock:
-            self._register_globals_resolver()  # Kedro registers that of runtime_params itself
+            _kedro.use_globals_of(self)  # Kedro registers that of runtime_params itself
             return super().__getitem__(key)

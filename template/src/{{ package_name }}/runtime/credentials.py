@@ -7,8 +7,13 @@ from collections.abc import Mapping
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
+from . import _mlflow
+
 if TYPE_CHECKING:
     from kedro.framework.context import KedroContext
+    from mlflow.tracking.request_header.abstract_request_header_provider import (
+        RequestHeaderProvider,
+    )
 
     from .config import RequestHeaderProviderOptions
 
@@ -55,31 +60,36 @@ def _set(name: str, value: str | None) -> None:
         os.environ[name] = value
 
 
-# The class of each provider that is registered, under all that it was made with.
-_registered: dict[str, str] = {}
+# Each provider that is registered, under its class and all that it was made with.
+_registered: dict[tuple[str, str], RequestHeaderProvider] = {}
 
 
 def registered_header_providers() -> list[str]:
     """Name the classes that MLflow asks for headers in this process, for the projects in it."""
-    return list(_registered.values())
+    return [kind for kind, _ in _registered]
 
 
 def register_header_provider(
     options: RequestHeaderProviderOptions, context: KedroContext | None
-) -> None:
+) -> RequestHeaderProvider | None:
     """Let MLflow ask the provider of `mlflow.yml` for headers, registered once in a process.
+
+    Returns:
+        The provider, or None where `mlflow.yml` names none.
 
     Raises:
         TypeError: When the class is not a `RequestHeaderProvider` of MLflow.
         Exception: What the import or the making of the class raises.
     """
-    if options.type is None or (known := options.model_dump_json()) in _registered:
-        return
+    if options.type is None:
+        return None
+    known = (options.type, options.model_dump_json())
+    if known in _registered:
+        return _registered[known]
     from kedro.utils import load_obj
     from mlflow.tracking.request_header.abstract_request_header_provider import (
         RequestHeaderProvider,
     )
-    from mlflow.tracking.request_header.registry import _request_header_provider_registry
 
     provider = load_obj(options.type)
     if not (isinstance(provider, type) and issubclass(provider, RequestHeaderProvider)):
@@ -87,5 +97,6 @@ def register_header_provider(
     arguments: dict[str, Any] = dict(options.init_kwargs)
     if options.pass_context:
         arguments["kedro_context"] = context
-    _request_header_provider_registry.register(lambda: provider(**arguments))
-    _registered[known] = options.type
+    _registered[known] = provider(**arguments)
+    _mlflow.register_header_provider(_registered[known])
+    return _registered[known]

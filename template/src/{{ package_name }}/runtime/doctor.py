@@ -25,19 +25,24 @@ from . import credentials, endings, failures, tracking
 from .loading import (
     ConfigError,
     is_database,
+    is_http,
     mistake,
     read_credentials,
     register_header_provider,
     shown_uri,
     sqlite_file,
 )
-from .recording import waiting
+from .offline.disk import disks
+from .offline.replay import waiting
 from .runs import Schema, advice_on, local_path, schema_of, secrets_of
-from .server import Server, SettingError, experiment_id
+from .server import Server, SettingError, checked, experiment_id
 from .showing import count, lasting
 
 if TYPE_CHECKING:
     from mlflow.entities import Experiment, Run
+    from mlflow.tracking.request_header.abstract_request_header_provider import (
+        RequestHeaderProvider,
+    )
     from requests import Response
 
     from .config import ExperimentOptions, MlflowConfig
@@ -181,7 +186,7 @@ def _told(patient: _Patient) -> Iterator[None]:
         yield
         return
     try:
-        with failures.told_of_server(patient.server, patient.variables):
+        with failures.translate_server_errors(patient.server, patient.variables):
             yield
     except SettingError as error:
         said = secrets_of(patient.context).hide_in(str(error))
@@ -202,7 +207,7 @@ def _configuration(patient: _Patient) -> str:
 def _credentials(patient: _Patient) -> str:
     context, options = patient.context, patient.config.server
     patient.variables = read_credentials(context)
-    register_header_provider(context)
+    provider = register_header_provider(context)
     unset = {name: value for name, value in PATIENCE.items() if name not in os.environ}
     opening = uuid4().hex
     credentials.export(opening, {**unset, **patient.variables})
@@ -210,26 +215,22 @@ def _credentials(patient: _Patient) -> str:
     told = []
     if options.credentials:
         told.append(f"{options.credentials}: {', '.join(patient.variables) or 'nothing'}")
-    if provider := options.request_header_provider.type:
+    if provider:
         _ask_for_headers(patient, provider)
-        told.append(f"headers of {provider}")
+        told.append(f"headers of {options.request_header_provider.type}")
     return "; ".join(told) or "none asked for"
 
 
-def _ask_for_headers(patient: _Patient, provider: str) -> None:
+def _ask_for_headers(patient: _Patient, provider: RequestHeaderProvider) -> None:
     """Ask the provider for headers; MLflow would only log its error, and send none."""
-    from mlflow.tracking.request_header.registry import _request_header_provider_registry
-
-    for known in _request_header_provider_registry:
-        if f"{type(known).__module__}.{type(known).__qualname__}" == provider:
-            try:
-                if known.in_context():
-                    known.request_headers()
-            except Exception as error:  # it is the user's code
-                what = f"type {provider!r} gives no headers: {type(error).__name__}: {error}"
-                key = ("server", "request_header_provider")
-                said = secrets_of(patient.context).hide_in(what)
-                raise mistake(patient.context, key, said) from error
+    try:
+        if provider.in_context():
+            provider.request_headers()
+    except Exception as error:  # it is the user's code
+        kind = patient.config.server.request_header_provider.type
+        what = f"type {kind!r} gives no headers: {type(error).__name__}: {error}"
+        said = secrets_of(patient.context).hide_in(what)
+        raise mistake(patient.context, ("server", "request_header_provider"), said) from error
 
 
 def _server(patient: _Patient) -> str:
@@ -241,7 +242,7 @@ def _server(patient: _Patient) -> str:
     elif uri.startswith("file:"):
         if not Path(local_path(uri)).is_dir():
             return _to_be_made(patient)
-    elif uri.startswith(("http://", "https://")):
+    elif is_http(uri):
         _ask_for_version(patient)
     patient.has_store = True
     took = f" answered in {patient.took * 1000:.0f} ms" if patient.answer is not None else ""
@@ -266,7 +267,7 @@ def _to_be_made(patient: _Patient) -> str:
 
 def _ask_for_version(patient: _Patient) -> None:
     from mlflow.utils.credentials import get_default_host_creds
-    from mlflow.utils.rest_utils import http_request, verify_rest_response
+    from mlflow.utils.rest_utils import http_request
 
     chosen = {name for name in PATIENCE if credentials.original(name)} | {*patient.variables}
     patience = {
@@ -276,9 +277,9 @@ def _ask_for_version(patient: _Patient) -> None:
     }
     creds = get_default_host_creds(patient.server.tracking_uri)
     begun = time.time()
-    answer = http_request(creds, "/version", "GET", **patience)
+    answer = http_request(creds, "/version", "GET", raise_on_status=False, **patience)
     if answer.status_code != 404:  # other servers that speak MLflow's API don't tell a version
-        verify_rest_response(answer, "/version")
+        checked(answer, "/version")
     patient.answer, patient.took = answer, time.time() - begun
     patient.asked = begun + patient.took / 2
 
@@ -372,7 +373,7 @@ def _artifacts(patient: _Patient) -> str:
     missing = _missing_folders(place)
     try:
         with (
-            failures.told_of_artifacts(place, patient.server),
+            failures.translate_artifact_errors(place, patient.server),
             tempfile.TemporaryDirectory() as folder,
         ):
             client.log_text(run_id, content, FILE)
@@ -404,27 +405,24 @@ def _missing_folders(place: str) -> list[Path]:
 
 def _take_away(patient: _Patient, place: str) -> str:
     """Delete the artifact; a store that can't, or doesn't allow it, will do for runs as well."""
-    assert patient.run
-    run_id = patient.run.info.run_id
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
     try:
-        patient.server.client._tracking_client._get_artifact_repo(run_id).delete_artifacts(FILE)
+        get_artifact_repository(place, patient.server.tracking_uri).delete_artifacts(FILE)
     except Exception as error:  # each kind of storage has errors of its own
-        told = failures.of_artifacts(error, place, patient.server)
+        told = failures.artifact_sentence(error, place, patient.server)
         why = (told or f"{type(error).__name__}: {error}").strip().partition("\n")[0]
         return f"written and read; {FILE} stays in {place}, which can't delete ({why})"
     return "written, read and deleted"
 
 
 def _clear(patient: _Patient) -> str:
-    """Delete the run that was made; of a database nothing stays."""
+    """Delete the run that was made; MLflow keeps it in its bin until `mlflow gc`."""
     if patient.run is None:
         return ""
     run_id = patient.run.info.run_id
     try:
-        client = patient.server.client
-        client.delete_run(run_id)
-        if is_database(patient.server.tracking_uri):
-            client._tracking_client.store._hard_delete_run(run_id)
+        patient.server.client.delete_run(run_id)
     except Exception as error:
         said = f"{type(error).__name__}: {error}".strip().partition("\n")[0]
         what = f"delete the run {run_id} ({NAME}) by hand: {said}"
@@ -488,12 +486,13 @@ def _process_of(tags: Mapping[str, str], here: endings.Process) -> endings.Proce
 
 
 def _recorded(patient: _Patient) -> str:
-    ids = waiting(patient.project_path)
+    found = [waiting(disk.client()) for disk in disks(patient.project_path)]
+    ids = [family[0].info.run_id for families in found for family in families]
     if not ids:
         return "none"
-    found = f"{count(len(ids), 'run')} recorded in this project: {', '.join(ids[:5])}"
+    waits = f"{count(len(ids), 'run')} on disk in this project: {', '.join(ids[:5])}"
     more = ", …" if len(ids) > 5 else ""
-    raise _FaultError(found + more, f"`{_command(patient, 'sync')}` sends them")
+    raise _FaultError(waits + more, f"`{_command(patient, 'sync')}` replays them")
 
 
 def _command(patient: _Patient, name: str) -> str:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextvars import ContextVar
 from functools import cached_property
+from importlib.metadata import entry_points
 from inspect import isgeneratorfunction
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +38,7 @@ class MlflowHook:
     @hook_impl(tryfirst=True)
     def after_context_created(self, context: KedroContext) -> None:
         """Offer `context.mlflow`, which reads `mlflow.yml` when it is first used."""
-        _refuse_kedro_mlflow(context)
+        _refuse_kedro_mlflow()
         _offer_config(context)
         _context.set(context)
         if "IPython" in sys.modules and sys.modules["IPython"].get_ipython():
@@ -149,12 +150,16 @@ class MlflowHook:
         return result
 
 
-def _refuse_kedro_mlflow(context: KedroContext) -> None:
+def _refuse_kedro_mlflow() -> None:
     """Say that the plugin would track the same runs, before it reads an mlflow.yml of ours."""
-    if any(
-        type(plugin).__module__.partition(".")[0] == "kedro_mlflow"
-        for plugin in context._hook_manager.get_plugins()
-    ):
+    from kedro.framework.project import settings  # its import sets up Kedro's logging
+
+    modules = [type(hook).__module__ for hook in settings.HOOKS] + [
+        plugin.module
+        for plugin in entry_points(group="kedro.hooks")
+        if plugin.dist and plugin.dist.name not in settings.DISABLE_HOOKS_FOR_PLUGINS
+    ]
+    if any(module.partition(".")[0] == "kedro_mlflow" for module in modules):
         from .loading import ConfigError
 
         raise ConfigError(
@@ -165,12 +170,10 @@ def _refuse_kedro_mlflow(context: KedroContext) -> None:
 
 def _offer_config(context: KedroContext) -> None:
     """Give a context the attribute `mlflow`: most commands never read it, and stay fast."""
-    context._load_mlflow = _load_config  # type: ignore[attr-defined]
-    kind: Any = type(context)
-    if not hasattr(kind, "mlflow"):
-        # Whichever project is the first to set it: each context has its own project's function.
-        kind.mlflow = cached_property(lambda context: context._load_mlflow(context))
-        kind.mlflow.__set_name__(kind, "mlflow")
+    kind = type(context)
+    # A class for this context alone: those of other projects in the process have their own runtime.
+    names = {"__module__": kind.__module__, "mlflow": cached_property(_load_config)}
+    context.__class__ = type(kind.__name__, (kind,), names)
 
 
 def _load_config(context: KedroContext) -> MlflowConfig:

@@ -20,6 +20,9 @@ from .config import MlflowConfig
 
 if TYPE_CHECKING:
     from kedro.framework.context import KedroContext
+    from mlflow.tracking.request_header.abstract_request_header_provider import (
+        RequestHeaderProvider,
+    )
 
 # Names the tracking URI that a notebook's environment has from a project, not from its user.
 ANNOUNCED = "KEDRO_MLFLOW_ANNOUNCED_URI"
@@ -85,13 +88,13 @@ def load_config(context: KedroContext) -> MlflowConfig:
     )
     experiment = _changed(
         experiment,
-        name=experiment.name or package_name(context),
+        name=experiment.name or package_name(),
         create_experiment_kwargs=_changed(
             experiment.create_experiment_kwargs,
             artifact_location=location and anchor_uri(location, project),
         ),
     )
-    experiment._server = server
+    experiment.set_server(server)
     return _changed(
         config, server=server, tracking=_changed(config.tracking, experiment=experiment)
     )
@@ -112,7 +115,7 @@ def read_credentials(context: KedroContext) -> dict[str, str]:
     name = context.mlflow.server.credentials  # type: ignore[attr-defined]
     if name is None:
         return {}
-    entries = context._get_config_credentials()
+    entries = all_credentials(context)
     where = f"{_Sources(context).where(('server', 'credentials'))}: server.credentials"
     if name not in entries:
         known = ", ".join(sorted(map(str, entries))) or "none"
@@ -125,19 +128,29 @@ def read_credentials(context: KedroContext) -> dict[str, str]:
     return {str(key): _plain(value) for key, value in entry.items() if value is not None}
 
 
+def all_credentials(context: KedroContext) -> dict[str, Any]:
+    """Return every entry of credentials.yml; nothing where there is no such file."""
+    from kedro.config import MissingConfigException
+
+    try:
+        return dict(context.config_loader["credentials"])
+    except MissingConfigException:
+        return {}
+
+
 def _plain(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def register_header_provider(context: KedroContext) -> None:
-    """Register the provider that `server.request_header_provider` describes.
+def register_header_provider(context: KedroContext) -> RequestHeaderProvider | None:
+    """Register the provider that `server.request_header_provider` describes, and return it.
 
     Raises:
         ConfigError: When it can't be imported or made.
     """
     options = context.mlflow.server.request_header_provider  # type: ignore[attr-defined]
     try:
-        credentials.register_header_provider(options, context)
+        return credentials.register_header_provider(options, context)
     except Exception as error:
         what = f"type {options.type!r} can't be used: {error}"
         raise mistake(context, ("server", "request_header_provider"), what) from error
@@ -152,9 +165,9 @@ def _changed(options: _Model, **update: Any) -> _Model:
     return options.model_copy(update=update)
 
 
-def package_name(context: KedroContext) -> str:
-    """Name the project's package; contexts of Kedro 1.0 don't always have it."""
-    return context._package_name or configured_package() or context.project_path.name
+def package_name() -> str:
+    """Return the name of the project's package, which this module is a part of."""
+    return __name__.partition(".")[0]
 
 
 def configured_package() -> str | None:
@@ -373,6 +386,11 @@ def shown_uri(uri: str) -> str:
 def is_database(uri: str) -> bool:
     """Tell whether a tracking URI names a database, which clients of the store open directly."""
     return uri.split(":", 1)[0].split("+", 1)[0] in {"sqlite", "postgresql", "mysql", "mssql"}
+
+
+def is_http(uri: str) -> bool:
+    """Check whether a tracking URI names a server that is reached by HTTP."""
+    return uri.startswith(("http://", "https://"))
 
 
 def anchor_uri(uri: str, project_path: PurePath) -> str:

@@ -10,8 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from kedro.io import CachedDataset
-
+from ._kedro import uncached
 from .datasets.artifacts import log_file
 from .datasets.files import has_file
 from .datasets.tracked import TrackedDataset
@@ -42,8 +41,7 @@ def log_output(run: RunHandle, name: str, dataset: AbstractDataset[Any, Any], da
     a table as Parquet with a preview of its first rows, a figure or image as PNG, a text, JSON. The
     rest is pickled. Datasets that log by themselves are left to do so.
     """
-    if isinstance(dataset, CachedDataset):
-        dataset = dataset._dataset
+    dataset = uncached(dataset)
     if isinstance(dataset, TrackedDataset):
         return
     plain = name.partition("@")[0]

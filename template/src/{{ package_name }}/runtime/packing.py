@@ -5,36 +5,27 @@ from __future__ import annotations
 import inspect
 import logging
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import cloudpickle  # type: ignore[import-untyped] # comes with MLflow
 import mlflow.pyfunc
 import numpy as np
-import yaml
+import pandas as pd
 from mlflow.exceptions import MlflowException
-from mlflow.models import (
-    Model,
-    ModelSignature,
-    convert_input_example_to_serving_input,
-    infer_signature,
-)
-from mlflow.models.utils import _enforce_schema
+from mlflow.models import Model, ModelSignature, infer_signature
 from mlflow.pyfunc.model import PythonModelContext
 from mlflow.types import Schema
-from mlflow.utils.environment import _parse_pip_requirements
 
-from .datasets.files import uncached
+from ._kedro import uncached
 from .datasets.models import REFUSED_IN_NAME
 from .pipeline_ml import PipelineError
-from .pipeline_model import KedroPipelineModel
-from .requirements import needed
+from .pipeline_model import KedroPipelineModel, is_in_memory
+from .requirements import INSTALLED, of_project, sources, with_requirements
 
 if TYPE_CHECKING:
     from kedro.io import DataCatalog
@@ -45,11 +36,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Rows to predict from for the signature and the requirements.
+# Rows to predict from for the signature.
 EXAMPLE_ROWS = 5
-
-# Folders of packages that the requirements bring.
-_INSTALLED = {"site-packages", "dist-packages"}
 
 
 def check(
@@ -85,7 +73,7 @@ def check(
                 "its name matches out of tracking.redact in mlflow.yml."
             )
     dataset = uncached(catalog.get(model.input_name))
-    in_memory = dataset is None or (dataset._EPHEMERAL and model.input_name not in given)
+    in_memory = dataset is None or (is_in_memory(dataset) and model.input_name not in given)
     for name in ("signature", "input_example"):
         if arguments.get(name) == "auto" and in_memory:
             raise PipelineError(
@@ -123,87 +111,99 @@ def log(
     """
     arguments = dict(arguments)
     alias = arguments.pop("registered_model_alias", None)
+    data = None
+    if "auto" in (arguments.get("signature"), arguments.get("input_example")):
+        data = catalog.load(model.input_name)
     with TemporaryDirectory() as folder:
-        artifacts = model.extract_pipeline_artifacts(Path(folder, "artifacts"))
-        example = None
+        artifacts = model.extract_pipeline_artifacts(Path(folder))
+        for file in Path(folder).rglob("MLmodel"):
+            _Description.load(str(file)).save(str(file))
         if arguments.get("signature") == "auto":
-            arguments["signature"], example = _infer(model, artifacts, catalog)
+            arguments["signature"] = _infer(model, artifacts, data)
         elif arguments.get("signature") is None:
             arguments["signature"] = False  # or MLflow infers one without the parameters
         if arguments.get("input_example") == "auto":
-            rows = catalog.load(model.input_name) if example is None else example
-            arguments["input_example"] = _first_rows(rows, 1)
-        arguments["code_paths"] = _code(model, package, arguments.get("code_paths") or ())
-        save = partial(_save, package, example, python_model=model, artifacts=artifacts)
+            arguments["input_example"] = _first_rows(data, 1)
+        # After the prediction, which may have imported more of the project's libraries.
+        required, libraries = of_project(package)
+        given = arguments.get("code_paths") or ()
+        arguments["code_paths"] = _code(model, package, libraries, given)
+        arguments = with_requirements(mlflow.pyfunc, model, arguments, required, package)
+        # What `mlflow.pyfunc.log_model` does, with a description of our own.
+        write = partial(_Description.log, None, mlflow.pyfunc, artifacts=artifacts, **arguments)
         info = run.log_model(
-            # MLflow's own way to log models of a kind of one's own.
-            partial(
-                Model.log,
-                artifact_path=None,
-                flavor=SimpleNamespace(__name__="mlflow.pyfunc", save_model=save),
-                **arguments,
-            ),
-            arguments.get("registered_model_name"),
-            alias,
+            partial(write, python_model=model), arguments.get("registered_model_name"), alias
         )
     logger.info("The pipeline is logged as the model %s", info.model_uri)
     return info
 
 
-def _infer(
-    model: KedroPipelineModel, artifacts: dict[str, str], catalog: DataCatalog
-) -> tuple[ModelSignature, Any]:
-    """Infer the signature; gives also rows of the input that the model can predict from.
+class _Description(Model):
+    """MLflow's description of a model, without the paths of the machine that it was made on.
+
+    MLflow writes there where the store keeps the model, and where its artifacts were before.
+    """
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what is written to the file MLmodel."""
+        described: dict[str, Any] = deepcopy(super().to_dict())
+        if self.model_id:
+            described["artifact_path"] = f"models:/{self.model_id}"
+        pyfunc = described["flavors"].get("python_function", {})
+        for artifact in (pyfunc.get("artifacts") or {}).values():
+            artifact["uri"] = artifact["path"]
+        return described
+
+
+def _infer(model: KedroPipelineModel, artifacts: dict[str, str], data: Any) -> ModelSignature:
+    """Infer the signature from the data of the input, and a prediction from its first rows.
 
     What can't be inferred is told in a warning: it must not cost the model of a long training.
     """
-    data = catalog.load(model.input_name)
-    rows = _first_rows(data, EXAMPLE_ROWS)
-    predicted: Any = None
+    rows, predicted = _first_rows(data, EXAMPLE_ROWS), None
     if rows is not None:
         model.load_context(PythonModelContext(artifacts, None))
         try:
             predicted = model.predict(None, deepcopy(rows))
         except Exception as error:  # whatever the nodes raise
             logger.warning("The model can't predict from the first rows of its input: %s", error)
-            rows = None
-    name = repr(model.input_name)
-    signature = ModelSignature(
-        inputs=_tried(_input_schema, data, rows, what=f"schema of its input {name}"),
-        outputs=_tried(_output_schema, predicted, what="schema of its output"),
-        params=infer_signature(params=_inferable(model.inference_params)).params,
-    )
-    return signature, _tried(_jsonable, rows, what=f"example of its input {name}")
+    known = model.inference_params
+    params = {name: value for name, value in known.items() if _is_inferable(name, value)}
+    inputs = _tried(lambda: _input_schema(data), f"schema of its input {model.input_name!r}")
+    outputs = None
+    if predicted is not None:
+        outputs = _tried(
+            lambda: infer_signature(model_output=predicted).outputs, "schema of its output"
+        )
+    return ModelSignature(inputs, outputs, infer_signature(params=params).params)
 
 
-def _tried(describe: Callable[..., Any], *data: Any, what: str) -> Any:
+def _is_inferable(name: str, value: Any) -> bool:
     try:
-        return describe(*data)
+        infer_signature(params={name: value})
+    except MlflowException as error:
+        logger.info("The parameter %r can't be changed by requests: %s", name, error.message)
+        return False
+    return True
+
+
+def _tried(describe: Callable[[], Any], what: str) -> Any:
+    try:
+        return describe()
     except (MlflowException, TypeError, ValueError) as error:
         logger.warning("The model gets no %s: %s", what, error)
         return None
 
 
-def _input_schema(data: Any, rows: Any) -> Schema:
+def _input_schema(data: Any) -> Schema:
     """Describe the input, if the model is then still handed what its nodes expect.
 
-    MLflow makes a table of a list or a dictionary when it has a schema for them.
+    MLflow makes a table of a list, a dictionary or a series when it has a schema for them.
     """
     schema: Schema = infer_signature(data).inputs
-    handed = _enforce_schema(data if rows is None else deepcopy(rows), schema)
-    if not isinstance(handed, type(data)):
-        raise TypeError(f"with it, a {type(data).__name__} becomes a {type(handed).__name__}")
+    if not (schema.is_tensor_spec() or isinstance(data, pd.DataFrame)):
+        raise TypeError(f"with it, MLflow would make a table of a {type(data).__name__}")
     return schema
-
-
-def _output_schema(predicted: Any) -> Schema | None:
-    return None if predicted is None else infer_signature(model_output=predicted).outputs
-
-
-def _jsonable(rows: Any) -> Any:
-    if rows is not None:
-        convert_input_example_to_serving_input(rows)
-    return rows
 
 
 def _first_rows(data: Any, rows: int) -> Any:
@@ -216,110 +216,16 @@ def _first_rows(data: Any, rows: int) -> Any:
     return data if isinstance(data, dict | str | int | float) else None
 
 
-def _inferable(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Pick the parameters of a type that a signature can have."""
-    return {name: value for name, value in params.items() if _is_inferable(name, value)}
-
-
-def _is_inferable(name: str, value: Any) -> bool:
-    try:
-        infer_signature(params={name: value})
-    except MlflowException as error:
-        logger.info("The parameter %r can't be changed by requests: %s", name, error.message)
-        return False
-    return True
-
-
-def _save(package: str, example: Any, *, path: str, mlflow_model: Model, **arguments: Any) -> None:
-    """Save the model as MLflow does, but without traces of this machine."""
-    inferred = arguments.get("pip_requirements") is None and arguments.get("conda_env") is None
-    tried = inferred and example is not None and arguments.get("input_example") is None
-    if tried:
-        # MLflow finds what the model needs by trying it, imports inside of nodes included.
-        arguments["input_example"] = example
-    with TemporaryDirectory() as no_project:
-        if "uv_project_path" in inspect.signature(mlflow.pyfunc.save_model).parameters:
-            # From a lock file in this folder MLflow would take all that the project has installed.
-            arguments.setdefault("uv_project_path", no_project)
-        with _no_advice():
-            mlflow.pyfunc.save_model(path, mlflow_model=mlflow_model, **arguments)
-    if tried:
-        for file in Path(path).glob("*input_example*"):
-            file.unlink()
-        mlflow_model.saved_input_example_info = None  # type: ignore[assignment]
-    if inferred:
-        given = _parse_pip_requirements(arguments.get("extra_pip_requirements"))[0]
-        modules = arguments["python_model"].modules
-        _write_requirements(Path(path), package, modules, given)
-    for artifact in mlflow_model.flavors["python_function"].get("artifacts", {}).values():
-        artifact["uri"] = artifact["path"]
-    mlflow_model.artifact_path = f"models:/{mlflow_model.model_id}"
-    mlflow_model.save(str(Path(path, "MLmodel")))
-    for file in Path(path, "artifacts").rglob("MLmodel"):
-        _forget_locations(file)
-
-
-@contextmanager
-def _no_advice() -> Iterator[None]:
-    """Hide MLflow's advice to save a file of code instead: a pipeline is an object."""
-
-    def is_other(record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith("Passing a Python object")
-
-    mlflow_logger = logging.getLogger("mlflow.pyfunc")
-    mlflow_logger.addFilter(is_other)
-    try:
-        yield
-    finally:
-        mlflow_logger.removeFilter(is_other)
-
-
-def _forget_locations(file: Path) -> None:
-    """Take out of the description of a model where it, and what is in it, were before."""
-    description = yaml.safe_load(file.read_text("utf-8"))
-    artifacts = description["flavors"].get("python_function", {}).get("artifacts") or {}
-    for artifact in artifacts.values():
-        artifact["uri"] = artifact["path"]
-    if "model_id" in description:
-        description["artifact_path"] = f"models:/{description['model_id']}"
-    file.write_text(yaml.safe_dump(description), encoding="utf-8")
-
-
-def _write_requirements(
-    folder: Path, package: str, modules: Iterable[str], given: Iterable[str]
-) -> None:
-    """Keep of the requirements, which MLflow has in two files, those that are needed."""
-    requirements, conda = folder / "requirements.txt", folder / "conda.yaml"
-    lines = requirements.read_text("utf-8").splitlines()
-    lines = needed(lines, package, folder / "code", modules, given)
-    requirements.write_text("\n".join(lines), encoding="utf-8")
-    environment = yaml.safe_load(conda.read_text("utf-8"))
-    for dependency in environment["dependencies"]:
-        if isinstance(dependency, dict):
-            dependency["pip"] = lines
-    conda.write_text(yaml.safe_dump(environment, default_flow_style=False), encoding="utf-8")
-
-
-def _code(model: KedroPipelineModel, package: str, given: Iterable[str]) -> list[str]:
+def _code(
+    model: KedroPipelineModel, package: str, libraries: Iterable[Path], given: Iterable[str]
+) -> list[str]:
     """List the code for the model: the package, what else of it isn't installed, what is given."""
     others = {name.partition(".")[0] for name in model.modules} - {
         package,
         "__main__",
         *sys.stdlib_module_names,
     }
-    found = [path for path in map(_source_of, sorted(others)) if path]
-    own = [path for path in found if not _INSTALLED.intersection(path.parts)]
-    if path := _source_of(package):
-        own.insert(0, path)
-    there = [path.resolve() for path in own]
-    return [*map(str, own), *(path for path in given if Path(path).resolve() not in there)]
-
-
-def _source_of(module: str) -> Path | None:
-    """Give the folder of a package, or the file of a module; None when it has neither."""
-    spec = getattr(sys.modules.get(module), "__spec__", None)
-    if spec is None:
-        return None
-    folders = list(spec.submodule_search_locations or ())
-    place = folders[0] if folders else spec.origin if spec.has_location else None
-    return Path(place) if place else None
+    found = [path for module in sorted(others) for path in sources(module)]
+    own = [path for path in found if not INSTALLED.intersection(path.parts)]
+    paths = [*sources(package), *own, *libraries, *(Path(path).resolve() for path in given)]
+    return [str(path) for path in dict.fromkeys(paths)]

@@ -13,21 +13,21 @@ from typing import Any
 
 import cloudpickle  # type: ignore[import-untyped] # comes with MLflow
 import kedro.runner
-from kedro.framework.hooks.manager import _NullPluginManager
 from kedro.io import (
     AbstractDataset,
     DataCatalog,
     DatasetError,
     MemoryDataset,
     SharedMemoryDataCatalog,
+    SharedMemoryDataset,
 )
 from kedro.pipeline import Pipeline
 from kedro.runner import AbstractRunner, ParallelRunner, SequentialRunner
-from kedro.runner.task import Task
 from mlflow.exceptions import MlflowException
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
-from .datasets.files import copy_files, load_copy, uncached
+from ._kedro import keep_hooks_out, uncached, without_confirms
+from .datasets.files import copy_files, load_copy
 from .datasets.tracked import TrackedDataset
 from .pipeline_ml import PipelineError, PipelineML, check_inference, is_parameter
 
@@ -67,7 +67,8 @@ class KedroPipelineModel(PythonModel):
         PipelineError: When the pipeline can't be a model, naming the dataset that is in the way.
     """
 
-    # MLflow takes a type hint of `predict` for the schema of the data, and wants there to be one.
+    # MLflow takes a type hint of `predict` for the schema of the data, and wants there to be one:
+    # no public hint says that any kind of data is fine (MLflow 3.17).
     _skip_type_hint_validation = True
 
     def __init__(
@@ -81,7 +82,7 @@ class KedroPipelineModel(PythonModel):
         inference = pipeline.inference if isinstance(pipeline, PipelineML) else pipeline
         check_inference(inference, input_name)
         # What a node confirms to have processed is a matter of the project's datasets.
-        self.pipeline = Pipeline([node._copy(confirms=None) for node in inference.nodes])
+        self.pipeline = Pipeline([without_confirms(node) for node in inference.nodes])
         self.input_name = input_name
         (self.output_name,) = self.pipeline.outputs()
         self.parameters: dict[str, Any] = {}
@@ -93,9 +94,9 @@ class KedroPipelineModel(PythonModel):
         self._data: dict[str, Any] | None = None
         for name in sorted(self.pipeline.inputs() - {input_name}):
             dataset = uncached(catalog.get(name))
-            if dataset is None and is_parameter(name):
+            if is_parameter(name) and dataset is None:
                 raise PipelineError(f"The inference pipeline needs {name!r}, which isn't there.")
-            if dataset is None or (dataset._EPHEMERAL and not is_parameter(name)):
+            if dataset is None or (is_in_memory(dataset) and not is_parameter(name)):
                 raise PipelineError(
                     f"The inference pipeline needs {name!r}, which is only in memory: give it an "
                     "entry in catalog.yml, so that it is there when the model is made."
@@ -243,6 +244,11 @@ class KedroPipelineModel(PythonModel):
         return {**self.__dict__, "_data": None if self._datasets else self._data}
 
 
+def is_in_memory(dataset: AbstractDataset[Any, Any]) -> bool:
+    """Check whether the data of a dataset is gone when its run ends."""
+    return isinstance(dataset, MemoryDataset | SharedMemoryDataset)
+
+
 class _Here(dict[str, AbstractDataset[Any, Any]]):
     """The datasets of the place where a model is made: their paths and credentials stay there."""
 
@@ -344,17 +350,14 @@ def _refused(what: str) -> MlflowException:
 
 
 class _NoHooks:
-    """Reaches each worker of a prediction within its first task, and keeps hooks out of it.
-
-    Kedro's tasks register the project's hooks in every worker, if the project is known there.
-    """
+    """Reaches each worker of a prediction within its first task, and keeps hooks out of it."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _keep_hooks_out, ()
 
 
 def _keep_hooks_out() -> _NoHooks:
-    Task._run_node_synchronization = _NullPluginManager  # type: ignore[method-assign]
+    keep_hooks_out()
     return _NoHooks()
 
 

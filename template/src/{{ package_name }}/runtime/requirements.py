@@ -1,19 +1,28 @@
-"""Which of the packages that a model has imported the project has it for."""
+"""What a model has to be installed with: what its flavor requires, and what its project declares.
+
+Nothing is inferred: what a model gets depends neither on the lock file of a project, nor on what
+happens to be imported or on PATH.
+"""
 
 from __future__ import annotations
 
-import ast
-import re
+import inspect
+import json
+import logging
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 from pathlib import Path
+from pkgutil import iter_modules
+from types import ModuleType
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from packaging.requirements import Requirement  # comes with MLflow
+from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 # Before 3.11 Kedro brings it.
@@ -23,176 +32,245 @@ metadata = import_module(
     "importlib.metadata" if sys.version_info >= (3, 11) else "importlib_metadata"
 )
 
-# What every model of a pipeline is loaded with.
-_ALWAYS = ("cloudpickle", "kedro", "mlflow")
+logger = logging.getLogger(__name__)
+
+# The package of the project that this runtime is part of.
+PROJECT = __name__.partition(".runtime")[0]
+
+# Folders of packages that requirements bring.
+INSTALLED = {"site-packages", "dist-packages"}
+
+# The arguments of `log_model` with which a user says what a model requires.
+_GIVEN = ("pip_requirements", "conda_env", "uv_project_path", "uv_groups", "uv_extras")
 
 
-def needed(
-    listed: Iterable[str],
-    package: str,
-    code: Path,
-    modules: Iterable[str] = (),
-    given: Iterable[str] = (),
-) -> list[str]:
-    """Make of the requirements that MLflow lists those that the pipeline needs.
-
-    MLflow infers each package whose modules were imported, even if only because a library looks
-    whether it is there, as some do for pytest. What is needed is what the project declares as its
-    dependencies, or imports in its code, with the dependencies of these. The project itself isn't:
-    it travels with the model. Where it isn't known what the project declares, all is needed.
+def with_requirements(
+    flavor: ModuleType,
+    model: Any,
+    arguments: Mapping[str, Any],
+    more: Iterable[str] = (),
+    package: str = PROJECT,
+) -> dict[str, Any]:
+    """Return the arguments of `log_model` or `save_model` with requirements among them.
 
     Args:
-        listed: Requirements, such as `pandas==3.0.1`.
-        package: The project's package.
-        code: Folder of the code that travels with the model.
-        modules: Those of its modules that the nodes are in. What a function there imports when it
-            is called is needed, too.
-        given: Requirements in the list that were not inferred: they stay.
+        flavor: MLflow's module for the kind of model, or one's own, which may say nothing.
+        model: The model to log.
+        arguments: The arguments so far. What they say that the model requires is all that it does;
+            their `extra_pip_requirements` are added to what is listed otherwise.
+        more: What the model requires besides its flavor. MLflow adds itself.
+        package: The package of the project, whose package indexes are listed too.
     """
-    lines = [line for line in listed if line]
-    distributions = metadata.packages_distributions()
-    own, declared = _project(package, distributions)
-    lazy = _distributions_of(_lazy_imports(code, modules), distributions) - own
+    given = dict(arguments)
+    if not any(given.get(name) is not None for name in _GIVEN):
+        flavors = _of_flavor(flavor, model, given)
+        extra = given.get("extra_pip_requirements") or []
+        extra = [f"-r {extra}"] if isinstance(extra, str) else extra
+        if flavors is not None:
+            # In order, because the tools that build wheels list what is declared in theirs.
+            listed = sorted({*more, *flavors}, key=lambda line: line.lower().split("=="))
+            given["pip_requirements"] = [*_indexes(package), *listed, *extra]
+            given["extra_pip_requirements"] = None
+    # Else MLflow's pyfunc flavor copies the uv.lock of the working folder into the model, which
+    # `--env-manager=uv` then takes for its requirements. There is none beside this file.
+    known = flavor.__name__ == "mlflow.pyfunc" and inspect.signature(flavor.save_model).parameters
+    if known and "uv_project_path" in known:
+        given = {"uv_project_path": str(Path(__file__).parent), **given}
+    return given
+
+
+def _of_flavor(flavor: ModuleType, model: Any, arguments: Mapping[str, Any]) -> list[str] | None:
+    """Return what a flavor requires for a model, None when it doesn't say."""
+    ask = getattr(flavor, "get_default_pip_requirements", None)
+    if ask is None:
+        return None
+    form, given = arguments.get("serialization_format"), {}
+    for name in inspect.signature(ask).parameters:
+        if name == "model":
+            given[name] = getattr(model, "model", model)
+        elif name.startswith("include_"):  # a library that the model may be serialized with
+            library = name.removeprefix("include_")
+            given[name] = form in (None, library) and _installed(library) is not None
+    return [_pinned(requirement) for requirement in map(Requirement, ask(**given))]
+
+
+def of_project(package: str) -> tuple[list[str], list[Path]]:
+    """Return what a project requires, and the code of those libraries that are in no index.
+
+    That is what it declares in `[project.dependencies]`, at the versions that are installed. A
+    library that was installed from a folder or a file of this machine is given as its code, with
+    what it requires in turn.
+    """
+    declared = _declared(package)
     if declared is None:
-        known = _with_dependencies(map(_name, lines)) - own
-    else:
-        imported = _distributions_of(_imports(_trees(code.rglob("*.py"))), distributions)
-        known = _closure([*declared, *map(Requirement, [*imported, *_ALWAYS])]) - own
-    stay = known.union(map(_name, given))
-    kept = [line for line in lines if line.startswith("-") or _name(line) in stay]
-    if "kedro" not in map(_name, kept):
-        kept.append(_pinned("kedro"))
-    # MLflow leaves out what another package in its list needs, and that one may have gone here.
-    lost = known & _with_dependencies(map(_name, lines)) | lazy
-    lost -= _with_dependencies(map(_name, kept))
-    return [*kept, *map(_pinned, _without_dependencies(filter(_is_installed, lost)))]
+        logger.warning(
+            "The model requires Kedro and MLflow only: expected `dependencies` under [project] in "
+            "pyproject.toml, or `pip_requirements` among the arguments of log_model."
+        )
+    lines: dict[str, None] = {}
+    code: list[Path] = []
+    seen: set[tuple[str, frozenset[str]]] = set()
+    waiting = [*map(Requirement, ("kedro", "mlflow")), *(declared or ())]
+    while waiting:
+        requirement = waiting.pop(0)
+        key = canonicalize_name(requirement.name), frozenset(requirement.extras)
+        if key in seen:
+            continue
+        seen.add(key)
+        distribution = _installed(requirement.name)
+        folder = _local_folder(distribution)
+        if folder is None:
+            lines[_pinned(requirement)] = None
+            continue
+        found = _code_of(distribution, folder)
+        if not found:
+            logger.warning(
+                "The model lacks %r, which was installed from %s: its code wasn't found. Add it "
+                "to `code_paths` of log_model.",
+                requirement.name,
+                folder,
+            )
+        code += found
+        waiting += _applicable(distribution.requires or (), requirement.extras)
+    return list(lines), list(dict.fromkeys(code))
 
 
-def _project(
-    package: str, distributions: Mapping[str, list[str]]
-) -> tuple[set[str], list[Requirement] | None]:
-    """Name the distribution that a package is in, and give the dependencies that it declares.
-
-    These are None where they can't be found: the project isn't installed, and its pyproject.toml
-    leaves them to the tool that builds it.
-    """
-    own = {_normalized(name) for name in distributions.get(package, ())}
-    if own:
-        return own, [r for name in own for r in _requires(name)]
-    # Not installed, or in a way that only the project's folder tells whose the package is.
-    project = _pyproject(package).get("project", {})
+def _declared(package: str) -> list[Requirement] | None:
+    """Return the dependencies that a project declares, None where they can't be found."""
+    project = _settings(package)["project"]
     if "dependencies" in project:
-        return set(), [r for r in map(Requirement, project["dependencies"]) if _applies(r)]
-    if (name := project.get("name")) and _is_installed(name):
-        return set(), list(_requires(name))
-    return set(), None
+        return _applicable(project["dependencies"])
+    # A wheel, or a project that leaves its dependencies to the tool that builds it.
+    names = metadata.packages_distributions().get(package) or [project.get("name")]
+    distribution = _installed(names[0]) if names[0] else None
+    return distribution and _applicable(distribution.requires or ())
 
 
-def _pyproject(package: str) -> dict[str, Any]:
-    """Read the pyproject.toml of a Kedro project; empty when there is none."""
+def _settings(package: str) -> dict[str, Any]:
+    """Return `[project]` and the settings of uv of a Kedro project; empty without its folder."""
     spec = find_spec(package)
     for folder in Path(spec.origin if spec and spec.origin else "").parents:
-        file = folder / "pyproject.toml"
-        if file.is_file():
-            described: dict[str, Any] = tomllib.loads(file.read_text("utf-8"))
-            if described.get("tool", {}).get("kedro", {}).get("package_name") == package:
-                return described
-    return {}
+        described = _toml(folder / "pyproject.toml")
+        if described.get("tool", {}).get("kedro", {}).get("package_name") == package:
+            # What is in uv.toml goes before, as it does for uv.
+            own = _toml(folder / "uv.toml") or described["tool"].get("uv", {})
+            return {"project": described.get("project", {}), "uv": own}
+    return {"project": {}, "uv": {}}
 
 
-def _closure(roots: Iterable[Requirement]) -> set[str]:
-    """Name the distributions that some need, themselves included."""
-    seen: set[tuple[str, frozenset[str]]] = set()
-    waiting = list(roots)
-    while waiting:
-        requirement = waiting.pop()
-        key = _normalized(requirement.name), frozenset(requirement.extras)
-        if key not in seen:
-            seen.add(key)
-            waiting.extend(_requires(*key))
-    return {name for name, _ in seen}
+def _toml(file: Path) -> dict[str, Any]:
+    return tomllib.loads(file.read_text("utf-8")) if file.is_file() else {}
 
 
-def _with_dependencies(names: Iterable[str]) -> set[str]:
-    return _closure(Requirement(name) for name in names if _is_installed(name))
+def _indexes(package: str) -> list[str]:
+    """Return the options of pip for the package indexes of a project, without passwords."""
+    uv = _settings(package)["uv"]
+    places = [uv, uv.get("pip", {})]
+    main = [at["index-url"] for at in places if "index-url" in at]
+    more = [url for at in places for url in at.get("extra-index-url", ())]
+    for index in uv.get("index", ()):
+        (main if index.get("default") else more).append(index["url"])
+    options = [("--index-url", url) for url in main[:1]] + [("--extra-index-url", u) for u in more]
+    lines = [f"{option} {_anonymous(url)}" for option, url in options if url.startswith("http")]
+    return list(dict.fromkeys(lines))
 
 
-def _without_dependencies(names: Iterable[str]) -> Iterator[str]:
-    """Give of some distributions those that no other of them needs."""
-    closures = {name: _with_dependencies([name]) for name in names}
-    while closures:
-        name = max(sorted(closures), key=lambda name: len(closures[name]))
-        covered = closures[name]
-        closures = {other: its for other, its in closures.items() if other not in covered}
-        yield name
+def _anonymous(url: str) -> str:
+    """Return a URL without a password; ssh keeps the name before it, which is `git` mostly."""
+    parts = urlsplit(url)
+    user, at, host = parts.netloc.rpartition("@")
+    user = "" if parts.scheme.startswith("http") else user.partition(":")[0] + at
+    return parts._replace(netloc=user + host, query="").geturl()
 
 
-def _requires(name: str, extras: frozenset[str] = frozenset()) -> Iterator[Requirement]:
-    try:
-        lines = requires(name) or ()
-    except PackageNotFoundError:  # for another system, or another version of Python
-        return
+def _applicable(lines: Iterable[str], extras: Iterable[str] = ()) -> list[Requirement]:
+    """Return the requirements that apply here."""
+    found = []
     for requirement in map(Requirement, lines):
-        if _applies(requirement, extras):
-            yield requirement
-
-
-def _applies(requirement: Requirement, extras: Iterable[str] = ()) -> bool:
-    marker = requirement.marker
-    return marker is None or any(marker.evaluate({"extra": extra}) for extra in ("", *extras))
-
-
-def _is_installed(name: str) -> bool:
-    return _version(name) is not None
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except (PackageNotFoundError, ValueError):  # a URL or a file in the place of a name
-        return None
-
-
-def _pinned(name: str) -> str:
-    return f"{name}=={Version(version(name)).public}"
-
-
-def _lazy_imports(code: Path, modules: Iterable[str]) -> set[str]:
-    """Name what the functions of some modules import when they are called."""
-    places = [code.joinpath(*module.split(".")) for module in modules]
-    files = [file for p in places for file in (p.with_suffix(".py"), p / "__init__.py")]
-    functions = (ast.FunctionDef, ast.AsyncFunctionDef)
-    trees = _trees(file for file in files if file.is_file())
-    return _imports(
-        node for tree in trees for node in ast.walk(tree) if isinstance(node, functions)
-    )
-
-
-def _trees(files: Iterable[Path]) -> Iterator[ast.AST]:
-    for file in files:
-        # A template, or a file for another version of Python, may be among them.
-        with suppress(SyntaxError, ValueError):
-            yield ast.parse(file.read_bytes())
-
-
-def _imports(trees: Iterable[ast.AST]) -> set[str]:
-    """Name the top-level modules that some code imports, wherever in it."""
-    found: set[str] = set()
-    for node in (node for tree in trees for node in ast.walk(tree)):
-        if isinstance(node, ast.Import):
-            found.update(alias.name.partition(".")[0] for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            found.add(node.module.partition(".")[0])
+        marker = requirement.marker
+        if marker is None or any(marker.evaluate({"extra": extra}) for extra in ("", *extras)):
+            found.append(requirement)
     return found
 
 
-def _distributions_of(modules: Iterable[str], distributions: Mapping[str, list[str]]) -> set[str]:
-    return {_normalized(name) for module in modules for name in distributions.get(module, ())}
+def _installed(name: str) -> Any:
+    """Return the distribution of that name, or else of the module of that name; None without one.
+
+    `xgboost-cpu` brings the module of `xgboost`, too.
+    """
+    with suppress(metadata.PackageNotFoundError):
+        return metadata.distribution(name)
+    module = canonicalize_name(name).replace("-", "_")
+    others = metadata.packages_distributions().get(module)
+    return metadata.distribution(others[0]) if others else None
 
 
-def _name(requirement: str) -> str:
-    return _normalized(re.split(r"[=<>~!\[ ;@]", requirement, maxsplit=1)[0])
+def _origin(distribution: Any) -> dict[str, Any]:
+    """Return where a distribution was installed from, when that is no package index (PEP 610)."""
+    # Packages of conda name the folder that conda-forge has built them in.
+    if distribution is None or (distribution.read_text("INSTALLER") or "").strip() == "conda":
+        return {}
+    origin: dict[str, Any] = json.loads(distribution.read_text("direct_url.json") or "{}")
+    return origin
 
 
-def _normalized(name: str) -> str:
-    return re.sub(r"[-_.]+", "-", name).lower()
+def _local_folder(distribution: Any) -> Path | None:
+    """Return the folder or the file of this machine that a distribution was installed from."""
+    url = urlsplit(_origin(distribution).get("url", ""))
+    return Path(url2pathname(url.path)).resolve() if url.scheme == "file" else None
+
+
+def _pinned(requirement: Requirement) -> str:
+    """Return a requirement at the version, or the commit, that is installed."""
+    distribution = _installed(requirement.name)
+    extras = f"[{','.join(sorted(requirement.extras))}]" if requirement.extras else ""
+    if distribution is None:  # for another distribution that brings the same
+        url = f" @ {_anonymous(requirement.url)}" if requirement.url else ""
+        return f"{requirement.name}{extras}{url or requirement.specifier}"
+    name = f"{distribution.metadata['Name']}{extras}"
+    origin = _origin(distribution)
+    url = _anonymous(origin.get("url", ""))
+    if url and _local_folder(distribution) is None:
+        vcs = origin.get("vcs_info", {})
+        url = f"{vcs['vcs']}+{url}@{vcs['commit_id']}" if vcs else url
+        inner = f"#subdirectory={origin['subdirectory']}" if "subdirectory" in origin else ""
+        return f"{name} @ {url}{inner}"
+    return f"{name}=={Version(distribution.version).public}"
+
+
+def _code_of(distribution: Any, folder: Path) -> list[Path]:
+    """Return the packages and modules of a distribution that was installed from a folder."""
+    name = canonicalize_name(distribution.metadata["Name"])
+    modules = {
+        module
+        for module, names in metadata.packages_distributions().items()
+        if name in map(canonicalize_name, names)
+    }
+    home = Path(distribution.locate_file("")).resolve()
+    if _origin(distribution).get("dir_info", {}).get("editable"):
+        # It may list nothing but a file with the path of its modules. In the folder of the
+        # library itself there are others beside them, such as its tests.
+        home = folder
+        modules |= {name.replace("-", "_"), *(m for m in list(sys.modules) if "." not in m)}
+        for file in distribution.files or ():
+            lines = file.locate().read_text().splitlines() if file.suffix == ".pth" else []
+            inner = [line for line in lines if folder in Path(line).resolve().parents]
+            modules |= {module.name for module in iter_modules(inner)}
+    found = [path for module in sorted(modules) for path in sources(module)]
+    return [
+        path
+        for path in found
+        if home in path.parents and not INSTALLED.intersection(path.relative_to(home).parts)
+    ]
+
+
+def sources(module: str) -> list[Path]:
+    """Return the folders of a package, or the file of a module; nothing when it has neither."""
+    try:
+        spec = find_spec(module)
+    except ValueError:  # `__main__`
+        return []
+    folders = list((spec and spec.submodule_search_locations) or ())
+    if folders or spec is None:
+        return [Path(folder).resolve() for folder in folders]
+    return [Path(spec.origin).resolve()] if spec.has_location and spec.origin else []

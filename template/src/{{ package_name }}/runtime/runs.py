@@ -22,6 +22,7 @@ from uuid import uuid4
 from . import credentials, failures, params
 from .loading import (
     ConfigError,
+    all_credentials,
     is_database,
     mistake,
     read_credentials,
@@ -29,9 +30,10 @@ from .loading import (
     shown_uri,
     sqlite_file,
 )
-from .server import Server, SettingError
+from .server import ADDRESS, Server, SettingError
 
 if TYPE_CHECKING:
+    from alembic.script import ScriptDirectory
     from kedro.framework.context import KedroContext
     from mlflow.entities import Run
 
@@ -86,7 +88,7 @@ def reached(
     opening, server = uuid4().hex, config.server.connection
     credentials.export(opening, {**impatient, **variables})
     try:
-        with failures.told_of_server(server, variables):
+        with failures.translate_server_errors(server, variables):
             yield server, variables
     except SettingError as error:
         raise mistake(context, error.key, secrets_of(context).hide_in(str(error))) from error
@@ -97,7 +99,7 @@ def reached(
 def secrets_of(context: KedroContext) -> params.Secrets:
     """Collect what must not be printed."""
     config: MlflowConfig = context.mlflow  # type: ignore[attr-defined]
-    hidden = frozenset(params.secret_values(context._get_config_credentials()))
+    hidden = frozenset(params.secret_values(all_credentials(context)))
     return params.Secrets(tuple(config.tracking.redact), hidden)
 
 
@@ -111,10 +113,8 @@ class Schema:
     @property
     def is_newer(self) -> bool:
         """Whether a newer MLflow than the one installed has made the tables."""
-        from mlflow.store import db_migrations
-
-        versions = Path(str(db_migrations.__file__)).with_name("versions")
-        return self.found is not None and not any(versions.glob(f"{self.found}_*.py"))
+        known = {script.revision for script in _migrations().walk_revisions()}
+        return self.found is not None and self.found not in known
 
 
 def schema_of(uri: str) -> Schema | None:
@@ -122,15 +122,24 @@ def schema_of(uri: str) -> Schema | None:
 
     MLflow's own stores make or change tables as soon as they are opened, which this doesn't.
     """
-    from mlflow.store.db.utils import _get_latest_schema_revision, _get_schema_version
+    from alembic.migration import MigrationContext
     from sqlalchemy import create_engine
     from sqlalchemy.pool import NullPool
 
     file = sqlite_file(uri)
     if file and not file.exists():
         return None
-    engine = create_engine(uri, poolclass=NullPool)
-    return Schema(_get_schema_version(engine), _get_latest_schema_revision())
+    with create_engine(uri, poolclass=NullPool).connect() as connection:
+        found = MigrationContext.configure(connection).get_current_revision()
+    return Schema(found, str(_migrations().get_current_head()))
+
+
+def _migrations() -> ScriptDirectory:
+    """Return the changes of tables that the MLflow that is installed knows."""
+    from alembic.script import ScriptDirectory
+    from mlflow.store import db_migrations
+
+    return ScriptDirectory(str(Path(str(db_migrations.__file__)).parent))
 
 
 def is_made(server: Server) -> bool:
@@ -147,7 +156,7 @@ def is_made(server: Server) -> bool:
     if schema is None or schema.found is None:
         return False
     if schema.found != schema.wanted:
-        raise SettingError(failures.ADDRESS, advice_on(schema, server.tracking_uri))
+        raise SettingError(ADDRESS, advice_on(schema, server.tracking_uri))
     return True
 
 
@@ -392,7 +401,8 @@ def _steps(server: Server, run: Run) -> dict[str, int]:
         history = server.client.get_metric_history(run.info.run_id, last.key)
         return len({point.step for point in history})
 
-    latest = sorted(run.data._metric_objs, key=lambda metric: metric.key)
+    # Of what is public only this has the last point of each metric with its step.
+    latest = sorted(run.data.to_proto().metrics, key=lambda metric: metric.key)
     with ThreadPoolExecutor(8) as pool:
         return dict(zip([m.key for m in latest], pool.map(count, latest), strict=True))
 
@@ -400,7 +410,7 @@ def _steps(server: Server, run: Run) -> dict[str, int]:
 def _artifacts(server: Server, run: Run, lacks: list[str]) -> list[dict[str, Any]]:
     place = run.info.artifact_uri or ""
     try:
-        with failures.told_of_artifacts(place, server):
+        with failures.translate_artifact_errors(place, server):
             listed = server.client.list_artifacts(run.info.run_id)
     except failures.ArtifactError as error:
         lacks.append(error.message)

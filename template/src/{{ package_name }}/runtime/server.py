@@ -14,76 +14,51 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
-from typing import TYPE_CHECKING
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
-from weakref import WeakSet
 
-from . import credentials
-from .loading import ANNOUNCED, is_database, sqlite_file
+from . import _mlflow, credentials
+from .loading import ANNOUNCED, is_database, is_http, shown_uri, sqlite_file
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Experiment
+    from mlflow.entities import Experiment, Run
+    from requests import Response
+    from sqlalchemy.pool import Pool
 
     from .config import ExperimentOptions
-    from .recording import Recording
 
 logger = logging.getLogger(__name__)
+
+# What a server is asked first is answered within so many seconds, or it is away: by itself MLflow
+# asks eight times, which takes four minutes.
+PATIENCE = 9
+CONNECTING = 3  # to each address of its name
 
 
 @dataclass(frozen=True)
 class Server:
     """Where runs (`tracking_uri`) and registered models (`registry_uri`) are kept.
 
-    `folder` is where runs are recorded before they are sent, when the server may go away.
+    `replayed_to` is the server that runs of a store on disk are replayed to.
     """
 
     tracking_uri: str
     registry_uri: str
-    folder: str = ""
+    replayed_to: str = ""
 
     @classmethod
     def in_use(cls) -> Server:
         """Give the server that `mlflow.…` in this process is pointed at."""
         import mlflow
 
-        from .recording import SCHEME, Recording
-
-        uri = mlflow.get_tracking_uri()
-        if uri.startswith(f"{SCHEME}:"):
-            found = Recording.of(uri)
-            return cls(found.tracking_uri, found.registry_uri, str(found.folder))
-        return cls(uri, mlflow.get_registry_uri())
-
-    @property
-    def recording(self) -> Recording | None:
-        """Where runs are recorded before they are sent; None where they are sent at once."""
-        from .recording import Recording
-
-        if not self.folder:
-            return None
-        return Recording(Path(self.folder), self.tracking_uri, self.registry_uri)
+        return cls(mlflow.get_tracking_uri(), mlflow.get_registry_uri())
 
     @property
     def client(self) -> MlflowClient:
         """The MLflow client for this server."""
-        return _client(*self._uris)
-
-    @property
-    def client_of_start(self) -> MlflowClient:
-        """The client for what is asked first, which doesn't wait long for a server that is away."""
-        from .contact import URI_SCHEME, is_patient, register
-
-        if self.folder or is_patient(self.tracking_uri):
-            return self.client
-        register()
-        return _client(f"{URI_SCHEME}:{self.tracking_uri}", self.registry_uri)
-
-    @property
-    def _uris(self) -> tuple[str, str]:
-        recording = self.recording
-        return (recording.uri,) * 2 if recording else (self.tracking_uri, self.registry_uri)
+        return _client(self.tracking_uri, self.registry_uri)
 
     def use(self) -> None:
         """Point `mlflow.…` in this process at this server, without a request.
@@ -94,17 +69,12 @@ class Server:
         import mlflow
 
         names = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
-        if self.folder:
-            from . import offline
-
-            offline.register()
-        tracking_uri, registry_uri = self._uris
         with _using:
             before = {name: os.environ.get(name) for name in names}
-            if mlflow.get_tracking_uri() != tracking_uri:
-                mlflow.set_tracking_uri(tracking_uri)
-            if mlflow.get_registry_uri() != registry_uri:
-                mlflow.set_registry_uri(registry_uri)
+            if mlflow.get_tracking_uri() != self.tracking_uri:
+                mlflow.set_tracking_uri(self.tracking_uri)
+            if mlflow.get_registry_uri() != self.registry_uri:
+                mlflow.set_registry_uri(self.registry_uri)
             for name, value in before.items():
                 if value is None:
                     os.environ.pop(name, None)
@@ -120,14 +90,8 @@ _using = threading.Lock()
 def _client(tracking_uri: str, registry_uri: str) -> MlflowClient:
     from mlflow import MlflowClient
 
-    from .recording import SCHEME
-
     if is_database(tracking_uri) or is_database(registry_uri):
         part_when_forked()
-    if tracking_uri.startswith(f"{SCHEME}:"):
-        from . import offline
-
-        offline.register()
     return MlflowClient(tracking_uri, registry_uri)
 
 
@@ -137,24 +101,19 @@ def part_when_forked() -> None:
 
     Two processes on one connection take each other's answers, or wait for ever.
     """
-    from sqlalchemy import event
-    from sqlalchemy.engine import Connection, Engine
-    from sqlalchemy.pool import Pool
-
-    engines: WeakSet[Engine] = WeakSet()
     inherited: list[Pool] = []  # for good: what is collected would be closed
 
-    @event.listens_for(Engine, "engine_connect")
-    def note(connection: Connection) -> None:
-        engines.add(connection.engine)
-
     def part() -> None:
-        for engine in list(engines):
+        for engine in _mlflow.engines():
             inherited.append(engine.pool)
             engine.dispose(close=False)
 
     if hasattr(os, "register_at_fork"):  # not on Windows, which doesn't fork
         os.register_at_fork(after_in_child=part)
+
+
+# The key of mlflow.yml that says where runs are.
+ADDRESS = ("server", "mlflow_tracking_uri")
 
 
 class SettingError(Exception):
@@ -193,27 +152,17 @@ def announce(server: Server, options: ExperimentOptions) -> None:
         MLFLOW_TRACKING_URI=server.tracking_uri,
         MLFLOW_REGISTRY_URI=server.registry_uri,
         MLFLOW_EXPERIMENT_NAME=options.name or "",
-        # Where MLflow puts the files of an experiment that it makes itself.
-        _MLFLOW_SERVER_ARTIFACT_ROOT=options.create_experiment_kwargs.artifact_location or "",
         **{ANNOUNCED: server.tracking_uri},
     )
+    _mlflow.export_artifact_root(options.create_experiment_kwargs.artifact_location)
     if "mlflow" in sys.modules:
-        from mlflow.tracking import fluent
-
-        fluent._active_experiment_id = None  # that of another project
+        _mlflow.set_active_experiment(None)  # that of another project
         server.use()
 
 
 def open_server(server: Server, experiment: ExperimentOptions) -> None:
     """See to it that runs can be opened: an embedded store is made when there is none."""
-    if server.recording:
-        from .offline import warn
-        from .sending import look_for
-
-        if not look_for(server.recording):
-            warn(server.recording)
-    else:
-        prepare(server.tracking_uri, experiment.create_experiment_kwargs.artifact_location)
+    prepare(server.tracking_uri, experiment.create_experiment_kwargs.artifact_location)
 
 
 def prepare(uri: str, location: str | None) -> None:
@@ -231,6 +180,9 @@ def prepare(uri: str, location: str | None) -> None:
         _prepare_database(uri, location)
     if file is None or file.exists():
         return
+    for engine in _mlflow.engines():
+        if engine.url.database == str(file):  # somebody has removed the store meanwhile
+            engine.dispose()
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
     logger.info("Creating the embedded MLflow store %s", uri)
@@ -262,10 +214,8 @@ def _prepare_database(uri: str, location: str | None) -> None:
     from sqlalchemy import create_engine, inspect, text
     from sqlalchemy.pool import NullPool
 
-    from .contact import PATIENCE
-
     # One that doesn't answer is given up as soon as a server is.
-    patience = {"connect_timeout": round(PATIENCE)} if _KNOWS_PATIENCE.match(uri) else {}
+    patience = {"connect_timeout": PATIENCE} if _KNOWS_PATIENCE.match(uri) else {}
     engine = create_engine(uri, poolclass=NullPool, connect_args=patience)
     with engine.connect() as connection:
         if inspect(connection).has_table("alembic_version"):
@@ -297,6 +247,77 @@ def _quiet(name: str) -> Iterator[None]:
         noisy.setLevel(before)
 
 
+def ask_first(uri: str, path: str, **params: str) -> Any:
+    """Return what a server answers to the first question, which is asked once and not for long.
+
+    Where the user has set `MLFLOW_HTTP_REQUEST_MAX_RETRIES` or `MLFLOW_HTTP_REQUEST_TIMEOUT` these
+    say how often, and for how long.
+
+    Raises:
+        MlflowException: When there is no answer, or not the one that is asked for.
+    """
+    from mlflow.utils.credentials import get_default_host_creds
+    from mlflow.utils.rest_utils import http_request
+
+    endpoint = f"/api/2.0/mlflow/{path}"
+    chosen = ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT")
+    is_chosen = any(credentials.original(name) is not None for name in chosen)
+    once = {} if is_chosen else {"max_retries": 0, "timeout": (CONNECTING, PATIENCE)}
+    answer = http_request(
+        get_default_host_creds(uri), endpoint, "GET", params=params, raise_on_status=False, **once
+    )
+    return checked(answer, endpoint).json()
+
+
+def checked(answer: Response, endpoint: str) -> Response:
+    """Return an answer that is a good one.
+
+    Raises:
+        MlflowException: For any other; its cause has the headers, which say who has answered.
+    """
+    from mlflow.exceptions import MlflowException
+    from mlflow.utils.rest_utils import verify_rest_response
+    from requests.exceptions import HTTPError
+
+    try:
+        verify_rest_response(answer, endpoint)
+    except MlflowException as error:
+        raise error from HTTPError(response=answer)
+    return answer
+
+
+def find_run(server: Server, run_id: str) -> Run:
+    """Return a run, as the first that a server is asked for.
+
+    Raises:
+        MlflowException: When there is no such run, or no answer.
+    """
+    if is_http(server.tracking_uri):
+        ask_first(server.tracking_uri, "runs/get", run_id=run_id)
+    return server.client.get_run(run_id)
+
+
+def _find_experiment(server: Server, name: str) -> Experiment | None:
+    """Return an experiment, as the first that a server is asked for; None when there is none."""
+    from mlflow.entities import Experiment
+    from mlflow.exceptions import MlflowException
+
+    if not is_http(server.tracking_uri):
+        return server.client.get_experiment_by_name(name)
+    try:
+        answer = ask_first(server.tracking_uri, "experiments/get-by-name", experiment_name=name)
+        found = answer["experiment"]
+        place, stage = found.get("artifact_location"), found.get("lifecycle_stage", "active")
+        return Experiment(found["experiment_id"], name, place, stage)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return None
+    except KeyError as error:
+        what = "answered, but not as an MLflow server does: correct the address"
+        raise SettingError(ADDRESS, f"{shown_uri(server.tracking_uri)} {what}") from error
+
+
 def experiment_id(server: Server, options: ExperimentOptions) -> str:
     """Find the experiment that runs belong to; make or restore it when need be.
 
@@ -306,7 +327,7 @@ def experiment_id(server: Server, options: ExperimentOptions) -> str:
     from mlflow.exceptions import MlflowException
 
     name = options.name or "Default"
-    found: Experiment | None = server.client_of_start.get_experiment_by_name(name)
+    found = _find_experiment(server, name)
     if found is None:
         try:
             return server.client.create_experiment(
@@ -327,3 +348,33 @@ def experiment_id(server: Server, options: ExperimentOptions) -> str:
             raise SettingError(("tracking", "experiment", "restore_if_deleted"), what)
         server.client.restore_experiment(found.experiment_id)
     return found.experiment_id
+
+
+def lack_of_models(server: Server) -> SettingError | None:
+    """Return what to tell of a server that is older than the models of this MLflow.
+
+    One request, for pipelines that log models: else they would fail when all has run.
+    """
+    from mlflow.exceptions import MlflowException
+    from mlflow.utils.credentials import get_default_host_creds
+    from mlflow.utils.rest_utils import http_request
+
+    uri = server.tracking_uri
+    if not is_http(uri):
+        return None
+    try:
+        answer = http_request(
+            get_default_host_creds(uri), "/version", "GET", max_retries=0, timeout=5
+        )
+    except MlflowException as error:
+        logger.info("The server doesn't tell its version: %s", error)
+        return None
+    found = re.fullmatch(r"([012])\.\d+\.\S+", answer.text.strip())
+    if answer.status_code != 200 or found is None:
+        return None
+    return SettingError(
+        ADDRESS,
+        f"{shown_uri(uri)} is an MLflow server of version {found[0]}, which can't keep models of "
+        f"MLflow {version('mlflow')}: update it to 3.0 or newer, or take the models out of the "
+        "pipeline",
+    )

@@ -16,15 +16,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from inspect import currentframe
 from pathlib import Path
+from traceback import walk_stack
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 from uuid import uuid4
 
-from . import autologging, contact, credentials, endings, failures, following
+from . import _mlflow, autologging, credentials, endings, failures
 from .loading import ConfigError, anchor_uri, shown_uri, uri_of_environment
-from .recording import recording
-from .server import Server, SettingError, experiment_id, open_server
+from .server import Server, SettingError, experiment_id, find_run, open_server
 
 if TYPE_CHECKING:
     from mlflow import ActiveRun
@@ -101,7 +102,7 @@ class RunHandle:
         """
         outbox = _outbox(self)
         outbox.add(points)
-        if self.server.folder or not self.is_ours:
+        if self.server.replayed_to or not self.is_ours:
             outbox.flush()
 
     def metric_history(self, key: str) -> list[Metric]:
@@ -131,12 +132,12 @@ class RunHandle:
 
     def log_artifact(self, path: str | Path, artifact_path: str | None = None) -> None:
         """Copy a local file, or a folder with all that is in it, to the run's artifacts."""
-        with failures.told_of_artifacts(self.artifact_uri, self.server):
+        with failures.translate_artifact_errors(self.artifact_uri, self.server):
             self.server.client.log_artifact(self.run_id, str(path), artifact_path)
 
     def log_text(self, text: str, artifact_file: str) -> None:
         """Write a text to the run's artifacts."""
-        with failures.told_of_artifacts(self.artifact_uri, self.server):
+        with failures.translate_artifact_errors(self.artifact_uri, self.server):
             self.server.client.log_text(self.run_id, text, artifact_file)
 
     def log_model(
@@ -147,7 +148,7 @@ class RunHandle:
         The version that gets registered by it, as `registered_name`, is given the alias.
         """
         self.flush()  # MLflow links the metrics that the run has now with the model
-        with self.active(), failures.told_of_artifacts(self.artifact_uri, self.server):
+        with self.active(), failures.translate_artifact_errors(self.artifact_uri, self.server):
             info = log()
         if alias and registered_name:
             self.server.client.set_registered_model_alias(
@@ -164,21 +165,17 @@ class RunHandle:
 
         `scope` says for how long: for `leave` to find what belongs to it.
         """
-        from mlflow.tracking import fluent
-
         self.server.use()
         # Runs that the user's code nests in this one belong to the same experiment.
-        fluent._active_experiment_id = self.experiment_id  # type: ignore[assignment]
-        fluent._active_run_stack.get().append(_active_run(self, scope))
+        _mlflow.set_active_experiment(self.experiment_id)
+        _mlflow.active_runs().append(_active_run(self, scope))
         _watch_exit(os.getpid())
 
     def leave(self, scope: str = "node", status: str = "FINISHED") -> None:
         """Take back what `enter` did; a run that was opened since and left open is ended."""
         if "mlflow" not in sys.modules:
             return
-        from mlflow.tracking import fluent
-
-        stack = fluent._active_run_stack.get()
+        stack = _mlflow.active_runs()
         mine = [getattr(run, "entered", None) == (self.run_id, scope) for run in stack]
         if any(mine):  # else the user's code has ended it, or this is another thread
             _cut(stack, len(mine) - 1 - mine[::-1].index(True), status)
@@ -230,7 +227,6 @@ class RunHandle:
                     _end(self.server, self.run_id, self.experiment_id, status, reason)
                     logger.info("MLflow run '%s' (%s) %s", self.name, self.run_id, status)
                     endings.unmark(started.markers, self.run_id)
-                following.settle(self.opening)
             finally:
                 credentials.take_back(self.opening)
 
@@ -329,10 +325,7 @@ class _Started:
         """Tell whether the call that runs the pipeline was left without a word, as by Ctrl-C."""
         if threading.get_ident() != self.thread:
             return False
-        frame: FrameType | None = sys._getframe()
-        while frame is not None and frame is not self.frame:
-            frame = frame.f_back
-        return frame is None
+        return all(frame is not self.frame for frame, _ in walk_stack(currentframe()))
 
 
 def end_abandoned() -> None:
@@ -352,10 +345,8 @@ def _watch_exit(pid: int) -> None:  # noqa: ARG001
 
 
 def _interrupt() -> None:
-    from mlflow.tracking import fluent
-
     _end_all(INTERRUPTED)
-    stack = fluent._active_run_stack.get()  # in a worker, where the run is not ours to end
+    stack = _mlflow.active_runs()  # in a worker, where the run is not ours to end
     entered = [hasattr(run, "entered") for run in stack]
     if any(entered):
         _cut(stack, entered.index(True), "KILLED")
@@ -363,13 +354,13 @@ def _interrupt() -> None:
 
 def _cut(stack: list[ActiveRun], length: int, status: str) -> None:
     """Shorten MLflow's stack of active runs; those that the user's code opened are ended."""
-    from mlflow.tracking import fluent
+    import mlflow
 
     while len(stack) > length:
         if hasattr(stack[-1], "entered"):
             stack.pop()
         else:
-            fluent.end_run(status)
+            mlflow.end_run(status)
 
 
 def _end_all(reason: str) -> None:
@@ -396,13 +387,11 @@ def _end_children(server: Server, run_id: str, experiment_id: str, status: str) 
     from mlflow.entities import ViewType
 
     of_this = f"tags.`mlflow.parentRunId` = '{run_id}' and attributes.status = 'RUNNING'"
-    # Those of a run that is recorded are on the disk, all of them.
-    store: Any = server.recording.store() if server.recording else server.client
-    for child in store.search_runs([experiment_id], of_this, ViewType.ACTIVE_ONLY):
+    for child in server.client.search_runs([experiment_id], of_this, ViewType.ACTIVE_ONLY):
         _end(server, child.info.run_id, experiment_id, status)
 
 
-def _end_orphans(server: Server, markers: Path, opening: str) -> None:
+def end_orphans(server: Server, markers: Path) -> None:
     """End the runs on this server whose process is gone, as after `kill -9`."""
     from mlflow.exceptions import MlflowException
 
@@ -411,7 +400,6 @@ def _end_orphans(server: Server, markers: Path, opening: str) -> None:
             run = server.client.get_run(marker.run_id)
             if run.info.status == "RUNNING":
                 end_killed(server, run, marker.process)
-            following.follow(server, marker.run_id, opening)
         except MlflowException as error:
             logger.warning("MLflow run %s could not be ended: %s", marker.run_id, error)
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
@@ -425,6 +413,9 @@ def end_killed(server: Server, run: Run, process: endings.Process) -> None:
     reason = f"the process {process.pid} on {process.host} ended without a word"
     _end(server, run_id, run.info.experiment_id, "KILLED", reason)
     logger.warning("MLflow run %s was still open: %s", run_id, reason)
+
+
+# How often MLflow asks a server again: not where what can't be sent now is sent later.
 
 
 def start(
@@ -459,17 +450,15 @@ def start(
     given = credentials.original("MLFLOW_RUN_ID")
     # MLflow would take up that run where the user's code asks for a child of it.
     exported: dict[str, str | None] = {**variables, "MLFLOW_RUN_ID": None}
-    if server.folder and contact.TRIES not in os.environ:
-        exported[contact.TRIES] = contact.FEW
     if shown_uri(server.tracking_uri) != server.tracking_uri:
         # MLflow prints the address of each run, password and all.
         exported["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
     credentials.export(opening, exported)
-    if given:
+    if given and not server.replayed_to:
         server = _server_of_environment(server, project_path)
     try:
         autologging.switch_on(options.autolog)
-        with failures.told_of_server(server, variables):
+        with failures.translate_server_errors(server, variables):
             tags = {**tags, **endings.this_process().tags()}
             handle, tags = _open(server, options, name, tags, given)
         handle = replace(handle, opening=opening)
@@ -479,15 +468,14 @@ def start(
             autologging.switch_off()
         raise
     _started[_key(handle)] = _Started(handle, markers, threading.get_ident(), _caller())
-    following.follow(handle.server, handle.run_id, opening)
-    with failures.told_of_server(handle.server, variables):
+    with failures.translate_server_errors(handle.server, variables):
         try:
             _watch(handle, markers)
             if tags:
                 handle.set_tags(tags)
             handle.log_params(params)
             handle.enter("pipeline")
-            _end_orphans(handle.server, markers, opening)
+            end_orphans(handle.server, markers)
         except BaseException:
             handle.finish("FAILED")
             raise
@@ -510,11 +498,12 @@ def _watch(run: RunHandle, markers: Path) -> None:
 
 def _caller() -> FrameType:
     """Give the call that runs the pipeline: the first one outside of this package and pluggy."""
-    package = __name__.rpartition(".")[0]
-    frame = sys._getframe()
-    while frame.f_back and frame.f_globals["__name__"].startswith((f"{package}.", "pluggy.")):
-        frame = frame.f_back
-    return frame
+    inside = (f"{__name__.rpartition('.')[0]}.", "pluggy.")
+    return next(
+        frame
+        for frame, _ in walk_stack(currentframe())
+        if not frame.f_globals["__name__"].startswith(inside)
+    )
 
 
 def _open(
@@ -532,13 +521,13 @@ def _open(
     end_abandoned()
     active = mlflow.active_run()
     if active and not any(s.run.run_id == active.info.run_id for s in _started.values()):
-        return _attach(Server.in_use(), active.info.run_id, tags, options)
+        return _attach(Server.in_use(), active.info.run_id, tags)
     if given and not active:
-        return _attach(server, given, tags, options)
+        return _attach(server, given, tags)
     open_server(server, options.experiment)
     server.use()
     if options.run.id and not active:
-        handle = _handle(server, _continued(server, options.run.id, options))
+        handle = _handle(server, _continued(server, options.run.id))
         return handle, tags
     if active and options.run.nested:  # a node starts a Kedro run of its own
         tags["mlflow.parentRunId"] = active.info.run_id
@@ -548,11 +537,11 @@ def _open(
 
 
 def _attach(
-    server: Server, run_id: str, tags: Mapping[str, str], options: TrackingOptions
+    server: Server, run_id: str, tags: Mapping[str, str]
 ) -> tuple[RunHandle, Mapping[str, str]]:
-    if server.recording:
-        open_server(server, options.experiment)
-    run = _existing(server, run_id, options, attached=True)
+    run = _existing(server, run_id)
+    if run is None and server.replayed_to:
+        raise ConfigError(f"MLFLOW_RUN_ID: {_NOT_OFFLINE}, got {run_id!r}")
     if run is None:
         raise ConfigError(
             f"MLFLOW_RUN_ID: expected the id of a run on {shown_uri(server.tracking_uri)} "
@@ -564,11 +553,18 @@ def _attach(
     return _handle(server, run, attached=True), unset
 
 
+_NOT_OFFLINE = (
+    "with tracking.on_unreachable: offline a run of the server can't be continued: expected no id, "
+    "or on_unreachable: fail"
+)
+
 _OWNERS_TAGS = {"host", "pid", "process_start"}
 
 
-def _continued(server: Server, run_id: str, options: TrackingOptions) -> Run:
-    run = _existing(server, run_id, options, attached=False)
+def _continued(server: Server, run_id: str) -> Run:
+    run = _existing(server, run_id)
+    if run is None and server.replayed_to:
+        raise SettingError(("tracking", "run", "id"), f"{_NOT_OFFLINE}, got {run_id!r}")
     if run is None:
         what = f"there is no such run on {shown_uri(server.tracking_uri)}, got {run_id!r}"
         raise SettingError(("tracking", "run", "id"), what)
@@ -576,19 +572,11 @@ def _continued(server: Server, run_id: str, options: TrackingOptions) -> Run:
     return run
 
 
-def _existing(
-    server: Server, run_id: str, options: TrackingOptions, *, attached: bool
-) -> Run | None:
+def _existing(server: Server, run_id: str) -> Run | None:
     from mlflow.exceptions import MlflowException
 
     try:
-        if found := server.recording:
-            from .offline import RecordingStore
-
-            name = options.experiment.name or "Default"
-            run = RecordingStore(found).take_over(run_id, name, attached=attached)
-        else:
-            run = server.client_of_start.get_run(run_id)
+        run = find_run(server, run_id)
     except MlflowException as error:
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise
@@ -603,8 +591,6 @@ def _server_of_environment(server: Server, project_path: Path) -> Server:
         return server
     tracking_uri = anchor_uri(given, project_path)
     registry_uri = os.environ.get("MLFLOW_REGISTRY_URI") or tracking_uri
-    if server.folder and (found := recording(tracking_uri, registry_uri, project_path)):
-        return Server(tracking_uri, registry_uri, str(found.folder))
     return Server(tracking_uri, registry_uri)
 
 

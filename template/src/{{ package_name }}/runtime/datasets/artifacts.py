@@ -8,16 +8,20 @@ from functools import partial
 from multiprocessing.util import Finalize
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory, mkdtemp
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from fsspec.implementations.local import LocalFileSystem  # type: ignore[import-untyped]
 from kedro.io import AbstractDataset, AbstractVersionedDataset, DatasetError
 from kedro.io.core import Version
 
+from .._kedro import is_partitioned, set_version, version_of
 from ..loading import shown_uri
 from ..tracking import RunHandle, attach
-from .files import copy_files, files, has_file, is_partitioned, location, moved, partitions, state
+from .files import copy_files, files, has_file, location, moved, partitions, state
 from .tracked import TrackedDataset
+
+if TYPE_CHECKING:
+    from mlflow.store.artifact.artifact_repo import ArtifactRepository
 
 
 @AbstractVersionedDataset.register  # Kedro hands `catalog.load(name, version=…)` to these alone
@@ -74,7 +78,6 @@ class MlflowArtifactDataset(TrackedDataset):
             raise DatasetError(
                 f"{type(self._dataset).__name__} can't be an artifact: it has no file of its own."
             )
-        self._EPHEMERAL = self._dataset._EPHEMERAL
         self.run_id = run_id
         self.artifact_path = artifact_path
         self.log_only = log_only
@@ -84,7 +87,7 @@ class MlflowArtifactDataset(TrackedDataset):
     def _make(self, version: Version | None) -> None:
         self._dataset = AbstractDataset.from_config("dataset", self._config, *(version or ()))
         if version is None and self._version:
-            self._version = Version(None, None)  # a new one at each save
+            set_version(self._dataset, Version(None, None))  # a new one at each save
 
     def bind(self, *args: Any) -> None:
         """Tie the dataset to a Kedro run."""
@@ -106,7 +109,9 @@ class MlflowArtifactDataset(TrackedDataset):
             self._log_draft()
         run = self._resolve_run()
         folder = _temporary_folder(run)
-        data = self._at(self._fetch_from(run, folder)).load()
+        with self._reading():
+            fetched = fetch(run, self._artifact, folder)
+        data = self._at(fetched).load()
         if _is_in_memory(data):
             shutil.rmtree(folder, ignore_errors=True)
         return data
@@ -175,24 +180,6 @@ class MlflowArtifactDataset(TrackedDataset):
         path = location(self._dataset, None)[1]
         return PurePosixPath(self.artifact_path or "", PurePosixPath(path).name)
 
-    def _fetch_from(self, run: RunHandle, folder: Path) -> Path:
-        repository = _repository(run)
-        try:
-            return Path(repository.download_artifacts(str(self._artifact), str(folder)))
-        except Exception as error:  # each kind of store has errors of its own
-            if self._is_in(run):
-                raise
-            what = f"The run {run.run_id} has no artifact '{self._artifact}'."
-            raise DatasetError(what) from error
-
-    def _is_in(self, run: RunHandle) -> bool:
-        listed = _repository(run).list_artifacts(_folder(self._artifact))
-        return str(self._artifact) in [found.path for found in listed]
-
-    @property
-    def _is_remote(self) -> bool:
-        return not isinstance(location(self._dataset, None)[0], LocalFileSystem)
-
     def _at(self, path: Path) -> AbstractDataset[Any, Any]:
         """Make the wrapped dataset once more, with its file or folder at a local path."""
         return AbstractDataset.from_config("dataset", self._config_at(path.as_posix()))
@@ -206,7 +193,7 @@ class MlflowArtifactDataset(TrackedDataset):
             return copy_files(self._dataset, folder)
         if self.run_id is None:
             self._log_draft()
-        fetched = self._fetch_from(self._resolve_run(), folder)
+        fetched = fetch(self._resolve_run(), self._artifact, folder)
         return self._config_at(fetched.relative_to(folder).as_posix())
 
     def _exists(self) -> bool:
@@ -215,7 +202,7 @@ class MlflowArtifactDataset(TrackedDataset):
         if self.run_id is None and self._draft is not None:
             return True
         run = attach(self._server, self.run_id) if self.run_id else self._run or attach()
-        return run is not None and self._is_in(run)
+        return run is not None and has_artifact(run, self._artifact)
 
     def _release(self) -> None:
         self._dataset.release()
@@ -236,12 +223,11 @@ class MlflowArtifactDataset(TrackedDataset):
 
     @property
     def _version(self) -> Version | None:
-        return getattr(self._dataset, "_version", None)
+        return version_of(self._dataset)
 
     @_version.setter
     def _version(self, version: Version | None) -> None:
-        if isinstance(self._dataset, AbstractVersionedDataset):
-            self._dataset._version = version
+        set_version(self._dataset, version)
 
     def __getattr__(self, name: str) -> Any:
         # Its path, `preview`, `confirm`, the versions that there are: what only the wrapped
@@ -252,7 +238,8 @@ class MlflowArtifactDataset(TrackedDataset):
 
     def __getstate__(self) -> dict[str, Any]:
         state = {**self.__dict__, "_draft": None}
-        if self._is_remote:  # s3fs, for one, lets no dataset be pickled that has kept its `glob`
+        # s3fs, for one, lets no dataset be pickled that has kept its `glob`.
+        if not isinstance(location(self._dataset, None)[0], LocalFileSystem):
             state["version"] = self._version
             del state["_dataset"]
         return state
@@ -305,7 +292,7 @@ def log_file(
         for path, place in saved.items():
             if not os.path.exists(path):  # noqa: PTH110
                 raise _nothing_saved(dataset, path)
-            run.log_artifact(path, _folder(place))
+            run.log_artifact(path, folder_of(place))
         return
     with TemporaryDirectory() as folder:
         for path, place in saved.items():
@@ -324,23 +311,46 @@ def _nothing_saved(dataset: AbstractDataset[Any, Any], path: str) -> DatasetErro
     )
 
 
-def _folder(place: PurePosixPath) -> str | None:
+def folder_of(place: PurePosixPath) -> str | None:
+    """Return the folder of a place among a run's artifacts; None when that is their root."""
     return None if place.parent == PurePosixPath() else str(place.parent)
 
 
-def _repository(run: RunHandle) -> Any:
-    """Give the store of a run's artifacts."""
-    from mlflow.exceptions import MlflowException
+def fetch(run: RunHandle, artifact: PurePosixPath, folder: str | Path) -> Path:
+    """Download an artifact of a run to a local folder, and return where it is.
 
+    Raises:
+        DatasetError: When there is no such run, or it has no such artifact.
+    """
+    if not has_artifact(run, artifact):
+        raise DatasetError(f"The run {run.run_id} has no artifact '{artifact}'.")
+    return Path(_repository(run).download_artifacts(str(artifact), str(folder)))
+
+
+def has_artifact(run: RunHandle, artifact: PurePosixPath) -> bool:
+    """Check whether a run has an artifact at a path."""
+    listed = _repository(run).list_artifacts(folder_of(artifact))
+    return str(artifact) in [found.path for found in listed]
+
+
+def _repository(run: RunHandle) -> ArtifactRepository:
+    """Return the store of a run's artifacts.
+
+    By the run's id MLflow looks among its models too, with a handful of requests, and hides why a
+    download fails.
+    """
+    from mlflow.exceptions import MlflowException
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+    client, uri = run.server.client, run.artifact_uri
     try:
-        # What the client itself uses, and keeps. `mlflow.artifacts` looks among the run's models
-        # as well, with a handful of requests, and hides why a download fails.
-        return run.server.client._tracking_client._get_artifact_repo(run.run_id)
+        uri = uri or client.get_run(run.run_id).info.artifact_uri
     except MlflowException as error:
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise
         where = shown_uri(run.server.tracking_uri)
         raise DatasetError(f"There is no run '{run.run_id}' on {where}.") from error
+    return get_artifact_repository(uri, tracking_uri=client.tracking_uri)
 
 
 def _temporary_folder(run: RunHandle) -> Path:

@@ -2,60 +2,51 @@
 
 from __future__ import annotations
 
-import inspect
-import os
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import fsspec  # type: ignore[import-untyped]
-from kedro.io import AbstractDataset, AbstractVersionedDataset, CachedDataset, DatasetError
+from kedro.io import AbstractDataset, AbstractVersionedDataset, DatasetError
 
-# Arguments with which datasets are told where their file or folder is.
-_PATH_ARGUMENTS = ("filepath", "path", "filename")
+from .._kedro import (
+    PATH_ARGUMENTS,
+    arguments_of,
+    file_system_of,
+    is_partitioned,
+    partition_of,
+    path_of,
+    version_of,
+)
 
 # Datasets that take this may have a query in their file: the data is in a database.
 _QUERY_ARGUMENT = "sql"
 
 
-def uncached(dataset: AbstractDataset[Any, Any] | None) -> AbstractDataset[Any, Any] | None:
-    """Give the dataset itself, or the one that it keeps a copy of in memory."""
-    return dataset._dataset if isinstance(dataset, CachedDataset) else dataset
-
-
 def has_file(dataset: AbstractDataset[Any, Any]) -> bool:
-    """Tell whether a dataset keeps its data in a file or folder of its own."""
-    return _path_of(dataset) is not None
+    """Check whether a dataset keeps its data in a file or folder of its own."""
+    return path_of(dataset) is not None
 
 
 def location(
     dataset: AbstractDataset[Any, Any], version: Literal["load", "save"] | None = "save"
 ) -> tuple[Any, str]:
-    """Give the file system and the path of a dataset.
+    """Return the file system and the path of a dataset that has a file or folder.
 
     Of a versioned one that is the version which would be loaded or saved next, or with None the
     path that all versions are under.
     """
-    path = _path_of(dataset)
-    if version and isinstance(dataset, AbstractVersionedDataset) and dataset._version:
-        if version == "load":
-            wanted = dataset.resolve_load_version()
-        else:
-            wanted = dataset.resolve_save_version()
-        path = str(dataset._get_versioned_path(wanted or ""))
-    file_system = getattr(dataset, "_fs", None) or getattr(dataset, "_filesystem", None)
+    path = path_of(dataset) or ""
+    if version and isinstance(dataset, AbstractVersionedDataset):
+        is_load = version == "load"
+        wanted = dataset.resolve_load_version() if is_load else dataset.resolve_save_version()
+        if wanted:
+            path = str(PurePosixPath(path, wanted, PurePosixPath(path).name))
+    file_system = file_system_of(dataset)
     if not isinstance(file_system, fsspec.AbstractFileSystem):
         file_system, path = fsspec.core.url_to_fs(path)
     return file_system, file_system._strip_protocol(path)
-
-
-def _path_of(dataset: AbstractDataset[Any, Any]) -> str | None:
-    given = getattr(dataset, "_init_args", {})
-    given = {**given.get("kwargs", {}), **given}  # as Kedro keeps those of an inherited `__init__`
-    places = [getattr(dataset, name, None) for name in ("_filepath", "_path")]
-    places += [given.get(name) for name in _PATH_ARGUMENTS]
-    return next((str(path) for path in places if isinstance(path, str | os.PathLike)), None)
 
 
 def files(file_system: Any, path: str) -> list[str]:
@@ -65,14 +56,9 @@ def files(file_system: Any, path: str) -> list[str]:
 
 
 def state(dataset: AbstractDataset[Any, Any]) -> dict[str, Any]:
-    """Describe the files of a dataset, so that a change shows."""
+    """Return the files of a dataset, so that a change shows."""
     file_system, path = location(dataset)
     return {file: file_system.info(file) for file in files(file_system, path)}
-
-
-def is_partitioned(dataset: Any) -> bool:
-    """Tell whether a dataset has a file for each partition of its data."""
-    return hasattr(dataset, "_partition_to_path")
 
 
 def partitions(
@@ -80,16 +66,16 @@ def partitions(
 ) -> dict[str, PurePosixPath]:
     """Map the path of each partition in `data` to its place below another folder."""
     found = {}
-    for partition in data:
-        path = file_system._strip_protocol(dataset._partition_to_path(partition))
+    for name in data:
+        path, version = partition_of(dataset, name)
+        path = file_system._strip_protocol(path)
         inside = place / PurePosixPath(path).relative_to(folder)
-        version = dataset._dataset_config.get("version")
-        found[f"{path}/{version.save}/{inside.name}" if version else path] = inside
+        found[f"{path}/{version}/{inside.name}" if version else path] = inside
     return found
 
 
 def moved(config: Mapping[str, Any], path: str) -> dict[str, Any]:
-    """Give the configuration of a dataset with its file or folder at a local path instead.
+    """Return the configuration of a dataset with its file or folder at a local path instead.
 
     Raises:
         DatasetError: When the dataset isn't told its place by an argument.
@@ -99,7 +85,7 @@ def moved(config: Mapping[str, Any], path: str) -> dict[str, Any]:
         kind = config["type"] if isinstance(config["type"], str) else config["type"].__name__
         raise DatasetError(
             f"{kind} can only be loaded from its own place: it has none of the arguments "
-            f"{', '.join(_PATH_ARGUMENTS)}."
+            f"{', '.join(PATH_ARGUMENTS)}."
         )
     made = {**_made_local(config), argument: path}
     made.pop("checkpoint", None)  # of the partitions that are new in the original place
@@ -107,7 +93,7 @@ def moved(config: Mapping[str, Any], path: str) -> dict[str, Any]:
 
 
 def _path_argument(config: Mapping[str, Any]) -> str | None:
-    return next((name for name in _PATH_ARGUMENTS if name in config), None)
+    return next((name for name in PATH_ARGUMENTS if name in config), None)
 
 
 def _made_local(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -124,13 +110,15 @@ def _made_local(config: Mapping[str, Any]) -> dict[str, Any]:
 def copy_files(dataset: AbstractDataset[Any, Any], folder: Path) -> dict[str, Any] | None:
     """Copy what a dataset would load to a local folder, wherever it is now.
 
-    Gives the configuration of the dataset that loads the copy, with a path relative to the folder
+    Returns the configuration of the dataset that loads the copy, with a path relative to the folder
     (see `load_copy`); None when the dataset has no file, or can't be loaded from another place.
 
     Raises:
         DatasetError: When there is nothing to load.
     """
-    config = _config_of(dataset)
+    given = arguments_of(dataset)
+    config = {name: given[name] for name in given if name not in ("version", "metadata")}
+    config["type"] = type(dataset)
     if not has_file(dataset) or _path_argument(config) is None or _QUERY_ARGUMENT in config:
         return None
     name = PurePosixPath(location(dataset, None)[1]).name
@@ -147,11 +135,11 @@ def copy_files(dataset: AbstractDataset[Any, Any], folder: Path) -> dict[str, An
 
 
 def _is_of_this_run(dataset: Any) -> bool:
-    """Tell whether there is the version that this run saves, when it isn't to load another.
+    """Check whether there is the version that this run saves, when it isn't to load another.
 
     Another run may have saved a later one meanwhile.
     """
-    version = getattr(dataset, "_version", None)
+    version = version_of(dataset)
     if version is None or version.load or not version.save:
         return False
     return bool(files(*location(dataset, "save")))
@@ -174,16 +162,3 @@ def load_copy(config: Mapping[str, Any], folder: Path) -> Any:
 
 def _same(value: Any) -> Any:
     return value
-
-
-def _config_of(dataset: AbstractDataset[Any, Any]) -> dict[str, Any]:
-    """Give the configuration that makes a dataset as it is, but for its version."""
-    kind = type(dataset)
-    given: dict[str, Any] = dict(getattr(dataset, "_init_args", {}))
-    for parameter in inspect.signature(kind).parameters.values():
-        if parameter.kind is parameter.VAR_KEYWORD:
-            given.update(given.pop(parameter.name, None) or {})
-    return {
-        "type": kind,
-        **{name: value for name, value in given.items() if name not in ("version", "metadata")},
-    }

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from kedro.io import DatasetError
 
+from ..requirements import with_requirements
+
 if TYPE_CHECKING:
     from mlflow.models.model import ModelInfo
 
@@ -73,6 +75,7 @@ class Flavor:
     def _write(self, function: str, model: Any, arguments: Mapping[str, Any]) -> Any:
         write = self._function(function)
         try:
+            arguments = with_requirements(import_module(self.name), model, arguments)
             if self._is_pyfunc:
                 return write(**{str(self.workflow): model}, **arguments)
             return write(model, **arguments)

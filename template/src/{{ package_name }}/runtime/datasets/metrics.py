@@ -130,17 +130,16 @@ class _MetricDataset(TrackedDataset):
 
 def _check_name(key: str) -> None:
     """Refuse a name that MLflow refuses, before its point waits to be sent together with others."""
-    from mlflow.exceptions import MlflowException
-    from mlflow.utils.validation import MAX_ENTITY_KEY_LENGTH, _validate_metric
+    from mlflow.utils import validation
 
-    try:
-        _validate_metric(key, 0.0, 0, 0)
-    except MlflowException as error:
+    limit = validation.MAX_ENTITY_KEY_LENGTH
+    is_valid = len(key) <= limit and validation.validate_param_and_metric_name(key)
+    if not is_valid or validation.path_not_unique(key):
         raise DatasetError(
             f"MLflow refuses the metric name {_shown(key)}: a name has letters, digits, spaces and "
-            f"any of _ - . : /, at most {MAX_ENTITY_KEY_LENGTH} characters, and no part of it "
-            "between slashes is empty, '.' or '..'."
-        ) from error
+            f"any of _ - . : /, at most {limit} characters, and no part of it between slashes is "
+            "empty, '.' or '..'."
+        )
 
 
 class _OneMetricDataset(_MetricDataset):
@@ -173,7 +172,8 @@ class _OneMetricDataset(_MetricDataset):
 
     def _history(self) -> tuple[RunHandle, list[Metric]]:
         run, key = self._resolve_run(), self._required_key()
-        history = run.metric_history(key)
+        with self._reading():
+            history = run.metric_history(key)
         if not history:
             raise DatasetError(f"The run {run.run_id} has no metric '{key}'.")
         return run, history
@@ -338,7 +338,8 @@ class _ManyMetricsDataset(_MetricDataset):
         """Give what MLflow takes for the value of each metric: the last one at its highest step."""
         run = self._resolve_run()
         run.flush()
-        metrics = run.server.client.get_run(run.run_id).data.metrics
+        with self._reading():
+            metrics = run.server.client.get_run(run.run_id).data.metrics
         values = {key: value for key, value in metrics.items() if self._is_mine(key)}
         if not values:
             which = f"metrics '{self._key('…')}'" if self.prefix else "metrics"

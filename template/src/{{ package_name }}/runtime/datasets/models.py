@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from kedro.io import AbstractVersionedDataset, DatasetError, Version
 from kedro.io.core import get_protocol_and_path
 
+from ..server import Server
 from ..tracking import RunHandle, attach
 from .flavors import Flavor, unpack
 from .tracked import TrackedDataset
@@ -87,9 +88,7 @@ class MlflowModelTrackingDataset(TrackedDataset):
         """Load the model."""
         if self._untracked is not None:
             return self._untracked
-        uri = self.model_uri
-        self._use_server()
-        return self._flavor.load(uri, self._load_args)
+        return self._flavor.load(self._place(self.model_uri), self._load_args)
 
     def save(self, data: Any) -> None:
         """Log the model, and register it when `save_args` has a `registered_model_name`."""
@@ -132,9 +131,15 @@ class MlflowModelTrackingDataset(TrackedDataset):
 
     def copy_to(self, folder: Path) -> dict[str, Any]:
         """Copy the model that would be loaded to a local folder."""
-        uri = self.model_uri
+        return _copy_model(self._place(self.model_uri), folder, self._flavor, self._load_args)
+
+    def _place(self, uri: str) -> str:
+        """Return where MLflow loads the model from; one of another run may be elsewhere."""
+        with self._reading():
+            if self._other_server and (self._given_uri or self._given_run):
+                return fetch_model(self._other_server, uri)
         self._use_server()
-        return _copy_model(uri, folder, self._flavor, self._load_args)
+        return uri
 
     def _last_saved_in(self, run: RunHandle) -> LoggedModel | None:
         from mlflow.entities import LoggedModelStatus
@@ -163,7 +168,7 @@ class MlflowModelTrackingDataset(TrackedDataset):
     def _exists(self) -> bool:
         if self._given_uri:
             self._use_server()
-            return _is_there(self._given_uri)
+            return _is_there(self._given_uri, self._other_server)
         try:
             return bool(self.model_uri)
         except DatasetError:
@@ -195,13 +200,13 @@ def _experiment_of(run: RunHandle) -> str:
         raise DatasetError(f"There is no run {run.run_id!r} to load a model of.") from error
 
 
-def _is_there(uri: str) -> bool:
-    """Tell whether a URI leads to a model; only its description is fetched."""
+def _is_there(uri: str, elsewhere: Server | None) -> bool:
+    """Check whether a URI leads to a model; only its description is fetched."""
     from mlflow.exceptions import MlflowException
     from mlflow.models import get_model_info
 
     try:
-        get_model_info(uri)
+        get_model_info(_location(elsewhere, uri) if elsewhere else uri)
     except MlflowException as error:
         # A stage without versions has no code of its own.
         if error.error_code not in _ABSENT and "No versions of model" not in error.message:
@@ -260,13 +265,19 @@ class MlflowModelRegistryDataset(TrackedDataset):
 
     def load(self) -> Any:
         """Load the model."""
-        self._use_server()
-        return self._flavor.load(self.model_uri, self._load_args)
+        return self._flavor.load(self._place(), self._load_args)
 
     def copy_to(self, folder: Path) -> dict[str, Any]:
         """Copy the registered model to a local folder."""
+        return _copy_model(self._place(), folder, self._flavor, self._load_args)
+
+    def _place(self) -> str:
+        """Return where MLflow loads the model from."""
+        with self._reading():
+            if self._other_server:
+                return fetch_model(self._other_server, self.model_uri)
         self._use_server()
-        return _copy_model(self.model_uri, folder, self._flavor, self._load_args)
+        return self.model_uri
 
     def save(self, data: Any) -> None:  # noqa: ARG002
         """Refuse: a model gets into the registry by being logged.
@@ -281,7 +292,7 @@ class MlflowModelRegistryDataset(TrackedDataset):
 
     def _exists(self) -> bool:
         self._use_server()
-        return _is_there(self.model_uri)
+        return _is_there(self.model_uri, self._other_server)
 
     def _describe(self) -> dict[str, Any]:
         return {
@@ -378,6 +389,40 @@ class MlflowModelLocalFileSystemDataset(AbstractVersionedDataset[Any, Any]):
             "save_args": self._save_args or None,
             "version": self._version,
         }
+
+
+def fetch_model(server: Server, uri: str) -> str:
+    """Download a model from a server, whatever `mlflow.…` in this process is pointed at.
+
+    Args:
+        server: Where the model is.
+        uri: `models:/…`, `runs:/…` or the address of a folder.
+
+    Returns:
+        The folder that it is in now.
+    """
+    from mlflow.artifacts import download_artifacts
+
+    return download_artifacts(
+        _location(server, uri),
+        tracking_uri=server.tracking_uri,
+        registry_uri=server.registry_uri,
+    )
+
+
+def _location(server: Server, uri: str) -> str:
+    """Return where a server has the files of a model: MLflow asks only the one that is in use."""
+    from mlflow.store.artifact.utils.models import get_model_name_and_version
+
+    client = server.client
+    if uri.startswith("models:"):
+        found = get_model_name_and_version(client, uri)
+        if len(found) == 2:
+            uri = client.get_model_version_download_uri(*found)
+            found = get_model_name_and_version(client, uri) if uri.startswith("models:") else found
+        if len(found) == 1:
+            return str(client.get_logged_model(found[0]).artifact_location)
+    return uri
 
 
 def _copy_model(

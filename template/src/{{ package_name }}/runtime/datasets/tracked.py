@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from kedro.io import AbstractDataset, DatasetError
 
+from ..failures import is_away, reason_of
+from ..loading import shown_uri
 from ..server import Server
 from ..tracking import RunHandle, attach
 
@@ -62,7 +66,30 @@ class TrackedDataset(AbstractDataset[Any, Any]):
             )
         return run
 
+    @property
+    def _other_server(self) -> Server | None:
+        """The project's server, where the run is not there but on disk until it is replayed."""
+        return self._server if self._run and self._run.server != self._server else None
+
     def _use_server(self) -> None:
-        """Point `mlflow.…` at the project's server, for what is read without a run."""
-        if self._server:
-            self._server.use()
+        """Point `mlflow.…` at where the run is, or at the project's server when there is none."""
+        if server := self._run.server if self._run else self._server:
+            server.use()
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Name the server when it is away while something is read from it.
+
+        Raises:
+            DatasetError: Instead of whatever MLflow raises then.
+        """
+        try:
+            yield
+        except Exception as error:  # each kind of store has errors of its own
+            if self._other_server is None or not is_away(error):
+                raise
+            where = shown_uri(self._other_server.tracking_uri)
+            raise DatasetError(
+                f"{type(self).__name__} '{self._name}' can't be loaded: the MLflow server {where} "
+                f"is away ({reason_of(error)}), and the run can't read it from the disk."
+            ) from error

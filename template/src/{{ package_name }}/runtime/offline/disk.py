@@ -1,0 +1,223 @@
+"""The store on disk that runs are recorded in: an ordinary MLflow store, one for each server."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
+
+from ..config import TrackingOptions
+from ..loading import ConfigError, shown_uri, sqlite_file
+from ..server import Server, prepare
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+# The folder of a project that has the stores.
+FOLDER = ".mlflow-offline"
+
+# Tags of an experiment on disk: where its artifacts go on the server, and its name there where it
+# has another one on disk.
+ARTIFACT_LOCATION, EXPERIMENT = "kedro_artifact_location", "kedro_experiment"
+
+# How long one process waits for another one that replays, in seconds.
+LOCK_TIMEOUT = 60.0
+
+
+class DiskError(ConfigError):
+    """The store on disk can't be used: one sentence that names the file."""
+
+
+@dataclass(frozen=True)
+class Disk:
+    """A store on disk, and the server that its runs are replayed to."""
+
+    folder: Path
+    server: Server
+    restore_if_deleted: bool = True  # of tracking.experiment in mlflow.yml
+
+    @property
+    def uri(self) -> str:
+        """The URI under which MLflow opens the store."""
+        return f"sqlite:///{(self.folder / 'mlflow.db').as_posix()}"
+
+    @property
+    def artifacts(self) -> Path:
+        """The folder of all artifacts."""
+        return self.folder / "artifacts"
+
+    @property
+    def store(self) -> Server:
+        """The store, as what a run logs to."""
+        return Server(self.uri, self.uri, replayed_to=self.server.tracking_uri)
+
+    def client(self) -> MlflowClient:
+        """Open the store; it is made when it isn't there.
+
+        Raises:
+            DiskError: When it can't be made, isn't MLflow's, or is another version's.
+        """
+        from mlflow.exceptions import MlflowException
+        from sqlalchemy.exc import SQLAlchemyError
+
+        file = self.folder / "mlflow.db"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder.parent / ".gitignore").write_text("*\n", encoding="utf-8")
+        except OSError as error:
+            raise DiskError(
+                f"Runs can't be recorded in {self.folder} ({error.strerror}): make it writable, "
+                "or set tracking.on_unreachable in mlflow.yml to fail."
+            ) from error
+        try:
+            prepare(self.uri, self.artifacts.as_uri())
+            client = self.store.client
+            client.search_experiments(max_results=1)
+        except MlflowException as error:
+            if "schema" not in error.message:
+                raise
+            raise DiskError(
+                f"{file}: its tables are those of another version of MLflow than the installed "
+                f"{version('mlflow')}: install that one to replay its runs, or try "
+                f"`mlflow db upgrade {self.uri}`."
+            ) from error
+        except SQLAlchemyError as error:
+            reason = str(getattr(error, "orig", None) or error).splitlines()[0]
+            raise DiskError(
+                f"{file}: can't be read as a store of MLflow ({reason}): move it away."
+            ) from error
+        return client
+
+    def files(self, uri: str | None) -> Path:
+        """Return the folder with the files of a run or model, also when the project was moved.
+
+        Args:
+            uri: The `artifact_uri` of a run or `artifact_location` of a model, as the store has it.
+
+        Raises:
+            DiskError: When that isn't a folder inside of the store's own: the store may come
+                from somebody else, and what is below is uploaded and removed.
+        """
+        _, _, path = (uri or "").partition(f"/{FOLDER}/")
+        root = self.artifacts.resolve()
+        folder = self.folder.joinpath(*unquote(path).split("/")[1:]).resolve()
+        if root not in folder.parents:
+            raise DiskError(f"its artifacts are at {uri!r}, outside of {root}")
+        return folder
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the store's lock: one process at a time replays.
+
+        SQLite's own lock on a file works on every system, and ends with the process.
+
+        Raises:
+            DiskError: When another process holds it for longer than a minute.
+        """
+        lock = sqlite3.connect(
+            self.folder / "replay.lock", timeout=LOCK_TIMEOUT, isolation_level=None
+        )
+        try:
+            try:
+                lock.execute("BEGIN EXCLUSIVE")
+            except sqlite3.OperationalError as error:
+                raise DiskError(
+                    f"{self.folder}: another process has been replaying its runs for a minute: "
+                    "wait for its end, then try again."
+                ) from error
+            yield
+        finally:
+            lock.close()
+
+
+def disk_of(server: Server, project_path: Path, *, restore_if_deleted: bool = True) -> Disk | None:
+    """Return the store on disk for a server; None for one that is a file itself."""
+    uri = shown_uri(server.tracking_uri)
+    if sqlite_file(uri) or uri.startswith("file:"):
+        return None
+    readable = re.sub(r"[^\w.-]+", "-", uri).strip("-")
+    # What is readable is alike for http://h/a-b and http://h/a/b.
+    name = f"{readable}-{hashlib.sha256(uri.encode()).hexdigest()[:8]}"
+    return Disk(project_path / FOLDER / name, server, restore_if_deleted)
+
+
+def disks(project_path: Path) -> list[Disk]:
+    """Return every store on disk of a project, without the server that each is for."""
+    folders = sorted(file.parent for file in (project_path / FOLDER).glob("*/mlflow.db"))
+    return [Disk(folder, Server("", "")) for folder in folders]
+
+
+def open_for_run(disk: Disk, options: TrackingOptions) -> TrackingOptions:
+    """Open the store for a run, and return the run's options in it.
+
+    Its experiment has the artifacts in the store's folder; where they go on the server is kept in
+    a tag. After the project was moved, MLflow would put them where the experiment was made: it
+    gets another name, and the run a new one.
+    """
+    experiment = options.experiment
+    client = disk.client()
+    known = client.get_experiment_by_name(experiment.name or "Default")
+    if known and known.artifact_location != disk.artifacts.as_uri():
+        client.set_experiment_tag(known.experiment_id, EXPERIMENT, known.name)
+        client.rename_experiment(known.experiment_id, f"{known.name} ({known.experiment_id})")
+    made = experiment.create_experiment_kwargs
+    tags = dict(made.tags or {})
+    if made.artifact_location:
+        tags[ARTIFACT_LOCATION] = made.artifact_location
+    update: dict[str, Any] = {"artifact_location": disk.artifacts.as_uri(), "tags": tags}
+    experiment = experiment.model_copy(
+        update={"create_experiment_kwargs": made.model_copy(update=update)}
+    )
+    return options.model_copy(update={"experiment": experiment})
+
+
+def families(client: MlflowClient) -> list[list[Run]]:
+    """Return the runs of a store on disk, each with its children, parents first, by start."""
+    from mlflow.entities import ViewType
+
+    experiments = pages(client.search_experiments, view_type=ViewType.ALL)
+    ids = [experiment.experiment_id for experiment in experiments]
+    runs = pages(client.search_runs, ids)
+    by_id = {run.info.run_id: run for run in runs}
+
+    def line(run: Run) -> list[Run]:
+        """Return a run and its ancestors, the root first."""
+        found = [run]
+        while parent := by_id.get(found[0].data.tags.get("mlflow.parentRunId", "")):
+            if parent in found:  # in a store that somebody has written by hand
+                break
+            found.insert(0, parent)
+        return found
+
+    found: dict[str, list[tuple[int, int, Run]]] = {}
+    for run in runs:
+        (root, *others) = line(run)
+        entry = (len(others), run.info.start_time, run)
+        found.setdefault(root.info.run_id, []).append(entry)
+    in_order = sorted(found.values(), key=lambda family: min(entry[1] for entry in family))
+    return [[run for *_, run in sorted(family, key=lambda e: e[:2])] for family in in_order]
+
+
+def pages(search: Any, *arguments: Any, **options: Any) -> list[Any]:
+    """Return all that a search of MLflow's client finds, page after page."""
+    found: list[Any] = []
+    token = None
+    while True:
+        page = search(*arguments, page_token=token, **options)
+        found += page
+        token = page.token
+        if not token:
+            return found
+
+
+def has_ended(run: Run) -> bool:
+    """Check whether a run has ended, so that nothing more will be logged to it."""
+    return run.info.status not in ("RUNNING", "SCHEDULED")
