@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
+from kedro.io.core import is_parameter
+
 # What MLflow accepts as the name of a parameter (mlflow.utils.validation).
 _REFUSED = re.compile(r"[^/\w.\- ]" if os.name == "nt" else r"[^/\w.\- :]")
 _MAX_NAME = 250
@@ -29,9 +31,7 @@ def select(inputs: Mapping[str, Any]) -> dict[str, Any]:
     becomes `x`, and `parameters` stays whole.
     """
     return {
-        name.removeprefix("params:"): value
-        for name, value in inputs.items()
-        if name == "parameters" or name.startswith("params:")
+        name.removeprefix("params:"): value for name, value in inputs.items() if is_parameter(name)
     }
 
 

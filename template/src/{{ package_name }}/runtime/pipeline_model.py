@@ -21,6 +21,7 @@ from kedro.io import (
     SharedMemoryDataCatalog,
     SharedMemoryDataset,
 )
+from kedro.io.core import is_parameter
 from kedro.pipeline import Pipeline
 from kedro.runner import AbstractRunner, ParallelRunner, SequentialRunner
 from mlflow.exceptions import MlflowException
@@ -29,7 +30,7 @@ from mlflow.pyfunc.model import PythonModel, PythonModelContext
 from ._kedro import keep_hooks_out, uncached, without_confirms
 from .datasets.files import copy_files, load_copy
 from .datasets.tracked import TrackedDataset
-from .pipeline_ml import PipelineError, PipelineML, check_inference, is_parameter
+from .pipeline_ml import PipelineError, PipelineML, check_inference
 
 # How Kedro's MemoryDataset may hand out what it has; None lets it choose by the kind of data.
 _COPY_MODES = ("assign", "copy", "deepcopy", None)
