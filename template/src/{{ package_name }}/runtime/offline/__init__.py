@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from .. import credentials
 from ..failures import is_away, reason_of
 from ..loading import shown_uri
-from .disk import Disk
+from .disk import Disk, DiskError
 from .replay import replay, waiting
 
 logger = logging.getLogger(__name__)
@@ -63,6 +63,8 @@ def replay_after_run(disk: Disk, run_id: str, variables: Mapping[str, str | None
     except KeyboardInterrupt:
         logger.warning(_STAYS, run_id, disk.folder, "interrupted")
         raise
+    except DiskError as error:
+        logger.warning(_STAYS, run_id, disk.folder, error.message)
     except Exception as error:  # the run has ended well, whatever this is
         if not is_away(error):
             logger.error("Not replayed", exc_info=True)
