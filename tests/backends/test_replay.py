@@ -93,7 +93,7 @@ def test_a_replayed_run_is_what_it_would_be_if_it_had_been_logged_to_the_server(
     assert proxy.requests[before:] == []
 
 
-@pytest.mark.parametrize("fault", map(sampled, FAULTS))
+@pytest.mark.parametrize("fault", [sampled(fault) for fault in FAULTS])
 def test_a_replay_that_something_disturbs_is_completed_by_the_next_one(
     to_replay: Recorded, tmp_path: Path, request: pytest.FixtureRequest, fault: Fault
 ) -> None:
@@ -216,6 +216,7 @@ def test_a_run_that_was_deleted_on_the_server_is_named_and_kept_until_it_is_disc
 
     assert later.returncode == 0, later.stdout + later.stderr
     assert f"{run_id}, is deleted" in said
+    assert "Traceback" not in said
     names = [
         run.info.run_name for run in client.search_runs([client.get_run(run_id).info.experiment_id])
     ]
@@ -225,6 +226,26 @@ def test_a_run_that_was_deleted_on_the_server_is_named_and_kept_until_it_is_disc
     everything.sync(project, "--discard", family)
     assert left_on_disk(project) == []
     assert "nothing waits" in everything.sync(project).lower()
+
+
+def test_a_run_that_the_server_refuses_is_named_in_one_sentence_and_kept(
+    to_replay: Recorded, tmp_path: Path
+) -> None:
+    project, proxy = to_replay.copy(tmp_path), to_replay.proxy
+    first = next(i for i, asked in enumerate(to_replay.requests) if asked.endswith("log-batch"))
+    proxy.plan(Fault("refuse", at=len(proxy.requests) + first))
+    everything.sync(project, status=1)
+    proxy.heal()
+    client, run_id = the_run(to_replay)
+    client.log_param(run_id, "depth", "99")  # MLflow changes no parameter
+
+    said = everything.sync(project, status=1)
+
+    (family,) = everything.on_disk(project)
+    (sentence,) = (line for line in said.splitlines() if line.startswith("Not replayed: "))
+    assert family in sentence
+    assert "depth" in sentence
+    assert "Traceback" not in said
 
 
 def test_a_run_that_was_restored_on_the_server_is_completed(

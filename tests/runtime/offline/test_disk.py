@@ -13,6 +13,7 @@ from mlflow import MlflowClient
 from mlflow.entities import ViewType
 
 from runtime.offline import disk as disks
+from runtime.offline import replay_after_run
 from runtime.offline.disk import Disk, DiskError, disk_of, families
 from runtime.offline.replay import files_of, files_of_family, remove, waiting
 from runtime.stores.server import Server
@@ -256,6 +257,22 @@ def test_whoever_waits_too_long_for_another_process_is_told(
 
     with disk.locked():  # it is free again
         pass
+
+
+def test_a_run_that_ends_while_another_process_replays_says_so_in_one_sentence(
+    disk: Disk, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(disks, "LOCK_TIMEOUT", 0.1)
+
+    with disk.locked():
+        replay_after_run(disk, "its id", {})
+
+    (told,) = [record for record in caplog.records if record.name.startswith("runtime.")]
+    assert told.levelname == "WARNING"
+    assert told.exc_info is None
+    assert "its id" in told.message
+    assert "another process has been replaying" in told.message
+    assert disk.server.tracking_uri not in told.message  # the server has no part in it
 
 
 def test_a_store_on_disk_is_an_ordinary_one(

@@ -18,6 +18,7 @@ from uuid import uuid4
 
 import click
 from kedro.framework import project
+from kedro.io.core import is_parameter
 
 from . import _kedro
 from .config.errors import ConfigError, SettingError
@@ -466,7 +467,7 @@ def _parameters(
         {
             name: catalog[name].load()
             for name in sorted(inputs)
-            if name == "parameters" or name.startswith("params:")
+            if is_parameter(name)
             if name in catalog
         }
     )

@@ -13,7 +13,7 @@ from ..config.loading import read_credentials
 from ..config.uris import shown_uri
 from ..stores import credentials
 from ..stores.errors import is_away, reason_of
-from .disk import Disk, disk_of, experiment_on_disk
+from .disk import Disk, DiskError, disk_of, experiment_on_disk
 from .replay import OF_REPLAYS, replay, waiting
 
 if TYPE_CHECKING:
@@ -131,6 +131,8 @@ def replay_after_run(disk: Disk, run_id: str, variables: Mapping[str, str]) -> N
     except KeyboardInterrupt:
         logger.warning(_STAYS, run_id, disk.folder, "interrupted")
         raise
+    except DiskError as error:
+        logger.warning(_STAYS, run_id, disk.folder, error.message)
     except Exception as error:  # the run has ended well, whatever this is
         if not is_away(error):
             logger.error("Not replayed", exc_info=True)

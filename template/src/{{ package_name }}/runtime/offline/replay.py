@@ -96,7 +96,7 @@ def replay(
         except Exception as error:  # each kind of storage for artifacts has errors of its own
             if is_away(error):
                 raise
-            logger.warning("Not replayed", exc_info=True)
+            logger.debug("Not replayed", exc_info=True)
             yield Outcome(family[0], problem=f"{type(error).__name__}: {reason_of(error)}")
         else:
             yield Outcome(family[0], replaying.ids[family[0].info.run_id])

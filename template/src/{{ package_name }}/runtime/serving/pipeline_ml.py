@@ -9,6 +9,7 @@ from inspect import isgeneratorfunction
 from typing import Any, Concatenate, ParamSpec
 
 import click
+from kedro.io.core import is_parameter
 from kedro.pipeline import Node, Pipeline
 
 logger = logging.getLogger(__name__)
@@ -198,11 +199,6 @@ def check_inference(inference: Pipeline, input_name: str) -> None:
                     f"The inference pipeline saves {_plain(name)!r} and loads it as {name!r}: "
                     "expected one name, because a prediction is made in memory."
                 )
-
-
-def is_parameter(name: str) -> bool:
-    """Tell whether a dataset's name is that of a parameter."""
-    return name == "parameters" or name.startswith("params:")
 
 
 def _log_model_kwargs(given: Mapping[str, Any] | None) -> dict[str, Any]:
