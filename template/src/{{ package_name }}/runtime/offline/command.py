@@ -157,7 +157,7 @@ def _show_waiting(disk: Disk, found: Sequence[Sequence[Run]], where: str) -> Non
         files = files_of_family(disk, family)
         size = f"{len(files)} ({decimal(sum(file.stat().st_size for file in files))})"
         table.add_row(first.run_name, first.run_id, started, first.status, str(len(family)), size)
-    Console().print(table)
+    _print(table)
 
 
 def _show_outcomes(outcomes: Sequence[Outcome], where: str) -> None:
@@ -165,7 +165,7 @@ def _show_outcomes(outcomes: Sequence[Outcome], where: str) -> None:
     for outcome in outcomes:
         run = outcome.run.info
         table.add_row(run.run_name, run.run_id, outcome.id_on_server or "-")
-    Console().print(table)
+    _print(table)
     for outcome in outcomes:
         if outcome.problem:
             click.echo(f"Not replayed: {outcome.run.info.run_id}: {outcome.problem}", err=True)
@@ -174,7 +174,13 @@ def _show_outcomes(outcomes: Sequence[Outcome], where: str) -> None:
 def _table(*columns: str, title: str) -> Table:
     table = Table(title=title, title_justify="left", box=None)
     for column in columns:
-        # An id that is broken or cut is of no use; of a name the beginning is to stay whole.
-        is_id, least = column.startswith("id "), 12 if column == "run" else None
-        table.add_column(column, overflow="fold", no_wrap=is_id, min_width=least)
+        table.add_column(column)
     return table
+
+
+def _print(table: Table) -> None:
+    """Print a table as wide as it is, since a part of an id is of no use."""
+    console = Console()
+    unlimited = console.options.update(width=10_000)
+    width = console.measure(table, options=unlimited).maximum
+    Console(width=max(console.width, width)).print(table, crop=False)
