@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -57,6 +58,7 @@ def test_the_commands_of_the_guide_replay_a_run(project: Project, tmp_path: Path
             check=True,
             capture_output=True,
             text=True,
+            env={**os.environ, "COLUMNS": "40"},  # ids stay whole in any terminal
         )
         client = MlflowClient(f"http://127.0.0.1:{port}")
         experiment = client.get_experiment_by_name(project.package)

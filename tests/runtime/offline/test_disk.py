@@ -13,8 +13,8 @@ from mlflow import MlflowClient
 from mlflow.entities import ViewType
 
 from runtime.offline import disk as disks
-from runtime.offline import replay_after_run
 from runtime.offline.disk import Disk, DiskError, disk_of, families
+from runtime.offline.hook import replay_after_run
 from runtime.offline.replay import files_of, files_of_family, remove, waiting
 from runtime.stores.server import Server
 

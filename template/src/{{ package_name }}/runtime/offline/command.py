@@ -89,7 +89,8 @@ def replay_all(context: KedroContext, *, dry_run: bool, discard: Sequence[str]) 
         with disk.locked():
             if discard:
                 return _discard(disk, client, discard)
-            outcomes = _replay(disk, waiting(client), where)
+            families_on_disk = waiting(client)
+            outcomes = _replay(disk, families_on_disk, where) if families_on_disk else []
     finally:
         credentials.take_back("sync")
     if not outcomes:
@@ -179,7 +180,7 @@ def _show_waiting(disk: Disk, found: Sequence[Sequence[Run]], where: str) -> Non
         files = files_of_family(disk, family)
         size = f"{len(files)} ({decimal(sum(file.stat().st_size for file in files))})"
         table.add_row(first.run_name, first.run_id, started, first.status, str(len(family)), size)
-    Console().print(table)
+    _print(table)
 
 
 def _show_outcomes(outcomes: Sequence[Outcome], where: str) -> None:
@@ -187,7 +188,7 @@ def _show_outcomes(outcomes: Sequence[Outcome], where: str) -> None:
     for outcome in outcomes:
         run = outcome.run.info
         table.add_row(run.run_name, run.run_id, outcome.id_on_server or "-")
-    Console().print(table)
+    _print(table)
     for outcome in outcomes:
         if outcome.problem:
             click.echo(f"Not replayed: {outcome.run.info.run_id}: {outcome.problem}", err=True)
@@ -196,5 +197,13 @@ def _show_outcomes(outcomes: Sequence[Outcome], where: str) -> None:
 def _table(*columns: str, title: str) -> Table:
     table = Table(title=title, title_justify="left", box=None)
     for column in columns:
-        table.add_column(column, overflow="fold")  # an id is of no use when it is cut
+        table.add_column(column)
     return table
+
+
+def _print(table: Table) -> None:
+    """Print a table as wide as it is, since a part of an id is of no use."""
+    console = Console()
+    unlimited = console.options.update(width=10_000)
+    width = console.measure(table, options=unlimited).maximum
+    Console(width=max(console.width, width)).print(table, crop=False)
