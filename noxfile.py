@@ -98,7 +98,7 @@ def versions(session: nox.Session) -> None:
     try:
         session.run("pytest", "tests/e2e/test_versions.py", *options)
     finally:
-        session.run("python", "-m", "tests.e2e.versions", report)
+        session.run("python", "-m", "tests.support.compatibility", report)
 
 
 @nox.session(default=False, venv_backend="none")
@@ -131,7 +131,7 @@ def pytest(session: nox.Session, folder: str, *options: str, group: str | None =
 def config(session: nox.Session) -> None:
     """Write the template's mlflow.yml and its JSON Schema anew, from the models in config.py."""
     install(session, "runtime")
-    session.run("python", "-m", "tests.template.shipped_config")
+    session.run("python", "-m", "tests.support.shipped_config")
 
 
 @nox.session(default=False)

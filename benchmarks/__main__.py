@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.runtime.servers import CountingProxy, counting_proxy, mlflow_server
+from tests.support.servers import CountingProxy, counting_proxy, mlflow_server
 
 from . import report, scale
 from .cases import (

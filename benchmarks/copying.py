@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.conftest import copy_template
-from tests.template.versions import NOW, make_versions
+from tests.support.versions import NOW, make_versions
 
 EVERYTHING = ("docker=true", "ci=github", "scale_out=dask", "licence=MIT")
 # What a command has in place of these words.

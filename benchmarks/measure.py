@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from mlflow import MlflowClient
 
-from tests.runtime.servers import CountingProxy
+from tests.support.servers import CountingProxy
 
 from .cases import VARIANTS, Case, Command, Store, Variant
 from .projects import Project

@@ -21,8 +21,8 @@ import psycopg2
 from mlflow import MlflowClient
 from mlflow.entities import Param
 
-from tests.backends.postgres import Postgres, postgres_server
-from tests.runtime.servers import CountingProxy, counting_proxy, mlflow_server
+from tests.support.postgres import Postgres, postgres_server
+from tests.support.servers import CountingProxy, counting_proxy, mlflow_server
 
 from .environments import make_environments
 from .projects import PACKAGE, Project, generate

@@ -17,15 +17,16 @@ from mlflow.tracking.request_header.registry import (
     _request_header_provider_registry as header_providers,
 )
 
-from ..runtime.conftest import Project, elsewhere, empty_store, new_project, pattern
-from ..runtime.s3 import S3, s3_server
-from ..runtime.servers import CountingProxy, counting_proxy, mlflow_server
-from . import everything, work
-from .everything import Recorded, record
-from .postgres import Postgres, postgres_server
-from .storages import Locked, locked_s3_server, variables
-from .tokens import Gate
-from .work import SECRET
+from ..runtime.conftest import elsewhere, empty_store, new_project, pattern
+from ..support import everything, work
+from ..support.everything import Recorded, record
+from ..support.postgres import Postgres, postgres_server
+from ..support.projects import Project
+from ..support.s3 import S3, s3_server
+from ..support.servers import CountingProxy, counting_proxy, mlflow_server
+from ..support.storages import Locked, locked_s3_server, variables
+from ..support.tokens import Gate
+from ..support.work import SECRET
 
 __all__ = ["SECRET", "elsewhere", "empty_store", "new_project", "pattern"]
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from ..runtime.conftest import Project
+from ..support.projects import Project
 from .conftest import SECRET
 
 PIPELINE = """

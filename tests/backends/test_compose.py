@@ -14,11 +14,11 @@ import psycopg2
 import pytest
 import yaml
 
-from ..runtime.conftest import Project
-from ..runtime.s3 import S3
-from ..runtime.servers import free_port, running
-from .postgres import Postgres
-from .work import check, fill
+from ..support.postgres import Postgres
+from ..support.projects import Project
+from ..support.s3 import S3
+from ..support.servers import free_port, running
+from ..support.work import check, fill
 
 WORDS = {
     "POSTGRES_PASSWORD": "a-password-of-ones-own",

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ..runtime.conftest import Project
-from ..runtime.servers import free_port
+from ..support.postgres import PASSWORD, USER, Postgres
+from ..support.projects import Project
+from ..support.servers import free_port
+from ..support.work import ENTRY, WITNESS, check, refused
 from .conftest import RUNNERS
-from .postgres import PASSWORD, USER, Postgres
-from .work import ENTRY, WITNESS, check, refused
 
 
 @pytest.mark.parametrize("runner", RUNNERS)

@@ -12,18 +12,18 @@ import requests
 import trustme
 from mlflow import MlflowClient
 
-from ..runtime.conftest import Project
-from ..runtime.s3 import S3
-from ..runtime.servers import free_port, mlflow_server
-from ..runtime.test_doctor import EMBEDDED, SERVED, only
+from ..runtime.extras.console.test_doctor import EMBEDDED, SERVED, only
+from ..support.postgres import PASSWORD as PG_PASSWORD
+from ..support.postgres import USER as PG_USER
+from ..support.postgres import Postgres
+from ..support.projects import Project
+from ..support.s3 import S3
+from ..support.servers import free_port, mlflow_server
+from ..support.storages import ENDPOINT, KEY, KEY_SECRET, Locked, variables
+from ..support.work import CA, ENTRY, PASSWORD, USER, WITNESS
 from .conftest import SECRET, Reach, Served
-from .postgres import PASSWORD as PG_PASSWORD
-from .postgres import USER as PG_USER
-from .postgres import Postgres
-from .storages import ENDPOINT, KEY, KEY_SECRET, Locked, variables
 from .test_databases import set_up
 from .test_storages import Store, contents, storing
-from .work import CA, ENTRY, PASSWORD, USER, WITNESS
 
 __all__ = ["storing"]
 

@@ -16,13 +16,13 @@ import pytest
 import yaml
 
 from ..conftest import REPOSITORY
-from ..runtime.conftest import Project
-from ..runtime.servers import counting_proxy
+from ..support.postgres import PASSWORD as POSTGRES_PASSWORD
+from ..support.postgres import Postgres
+from ..support.projects import Project
+from ..support.servers import counting_proxy
+from ..support.storages import Locked
+from ..support.tokens import PROVIDER, USES, provide
 from .conftest import SECRET, Gated, Served
-from .postgres import PASSWORD as POSTGRES_PASSWORD
-from .postgres import Postgres
-from .storages import Locked
-from .tokens import PROVIDER, USES, provide
 
 STUB = "conf/local/credentials.yml"
 
@@ -188,7 +188,7 @@ def kept(
     file = project.path / "read.json"
     words = [back_end.address or project.tracking_uri, experiment, project.package, str(file)]
     subprocess.run(
-        [sys.executable, "-m", "tests.backends.reading", *words],
+        [sys.executable, "-m", "tests.support.reading", *words],
         cwd=project.path,
         env={
             **os.environ,

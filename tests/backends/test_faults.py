@@ -13,10 +13,10 @@ import requests
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModelOutput, Metric
 
-from ..runtime.conftest import Project
-from . import everything
-from .faults import Fault, FaultyProxy, faulty_proxy, writes
-from .stores import differences
+from ..support import everything
+from ..support.faults import Fault, FaultyProxy, faulty_proxy, writes
+from ..support.projects import Project
+from ..support.stores import differences
 
 # What may go wrong; at which request is filled in.
 FAULTS = [

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from ..runtime.conftest import Project
-from . import everything
-from .faults import Fault, FaultyProxy, faulty_proxy
+from ..support import everything
+from ..support.faults import Fault, FaultyProxy, faulty_proxy
+from ..support.projects import Project
 
 NewProject = Callable[..., Project]
 

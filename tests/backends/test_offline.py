@@ -12,12 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from mlflow import MlflowClient
 
-from ..runtime.conftest import Project
-from ..runtime.test_runs import ONE_NODE
-from . import everything
-from .everything import Recorded
-from .faults import Fault, FaultyProxy, faulty_proxy
-from .stores import content, differences
+from ..support import everything
+from ..support.everything import Recorded
+from ..support.faults import Fault, FaultyProxy, faulty_proxy
+from ..support.projects import ONE_NODE, Project
+from ..support.stores import content, differences
 from .test_kills import TELLING
 from .test_replay import left_on_disk
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import trustme
 
+from ..support.work import CA, ENTRY, PASSWORD, TOKEN, USER, check, refused
 from .conftest import RUNNERS, SECRET, Reach, Served
-from .work import CA, ENTRY, PASSWORD, TOKEN, USER, check, refused
 
 
 @pytest.mark.parametrize("runner", RUNNERS)

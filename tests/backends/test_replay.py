@@ -15,11 +15,11 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import ViewType
 
-from ..runtime.conftest import Project
-from . import everything
-from .everything import Recorded
-from .faults import Fault, writes
-from .stores import differences
+from ..support import everything
+from ..support.everything import Recorded
+from ..support.faults import Fault, writes
+from ..support.projects import Project
+from ..support.stores import differences
 
 NewProject = Callable[..., Project]
 

@@ -10,11 +10,11 @@ import mlflow
 import pytest
 import yaml
 
-from ..runtime.conftest import Project
-from ..runtime.servers import counting_proxy, free_port, mlflow_server
+from ..support.projects import Project
+from ..support.servers import counting_proxy, free_port, mlflow_server
+from ..support.tokens import USES, provide
+from ..support.work import CATALOG, ENTRY, PASSWORD, TOKEN, USER, WITNESS, check, refused
 from .conftest import RUNNERS, SECRET, Gated, Reach, Served
-from .tokens import USES, provide
-from .work import CATALOG, ENTRY, PASSWORD, TOKEN, USER, WITNESS, check, refused
 
 
 @pytest.mark.parametrize("runner", RUNNERS)

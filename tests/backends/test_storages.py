@@ -10,12 +10,12 @@ import boto3  # type: ignore[import-untyped]
 import pytest
 import yaml
 
-from ..runtime.conftest import Project
-from ..runtime.s3 import S3
-from ..runtime.servers import free_port, mlflow_server
+from ..support.projects import Project
+from ..support.s3 import S3
+from ..support.servers import free_port, mlflow_server
+from ..support.storages import ENDPOINT, KEY, KEY_SECRET, Locked, variables
+from ..support.work import ENTRY, WITNESS, check, fill
 from .conftest import RUNNERS, SECRET, Served
-from .storages import ENDPOINT, KEY, KEY_SECRET, Locked, variables
-from .work import ENTRY, WITNESS, check, fill
 
 Store = Callable[..., Project]
 

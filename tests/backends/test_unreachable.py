@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from ..runtime.conftest import Project
-from . import everything
-from .faults import Fault, FaultyProxy, faulty_proxy
+from ..support import everything
+from ..support.faults import Fault, FaultyProxy, faulty_proxy
+from ..support.projects import Project
 
 # At which request the server is lost.
 FROM_THE_START, IN_MID_RUN = 0, 12

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from ..conftest import REPOSITORY
-from ..runtime.servers import running
+from ..support.servers import running
 
 Shell = Callable[..., str]
 

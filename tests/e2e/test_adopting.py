@@ -12,8 +12,8 @@ import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
+from ..support.guide import INTO, OUT, commands, instead_of, shown, switch_on
 from .conftest import Shell, commit_all, git
-from .guide import INTO, OUT, commands, instead_of, shown, switch_on
 
 PIPELINE = """
 from kedro.pipeline import Pipeline, node

@@ -14,8 +14,8 @@ import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
+from ..support.guide import MOVING, commands, pairs, switch_on
 from .conftest import Shell, commit_all, git
-from .guide import MOVING, commands, pairs, switch_on
 
 PEERS_MODULES = {
     "MlflowArtifactDataset": "artifacts",

@@ -12,7 +12,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from ..runtime.servers import free_port, running
+from ..support.servers import free_port, running
 from .conftest import Shell, commit_all, console_commands, environment, git, served
 
 

@@ -14,7 +14,7 @@ import pytest
 from mlflow import MlflowClient
 
 from ..conftest import REPOSITORY
-from ..runtime.servers import free_port
+from ..support.servers import free_port
 from .conftest import Shell, console_commands, served
 
 GUIDE = (REPOSITORY / "docs" / "serving.md").read_text("utf-8")

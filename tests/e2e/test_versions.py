@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 
 from ..conftest import EXTRAS, REPOSITORY, Generate
-from ..runtime.servers import free_port, running
-from . import versions
+from ..support import compatibility
+from ..support.compatibility import MATRIX, OLDEST, PACKAGES, PAGE, Versions
+from ..support.servers import free_port, running
 from .conftest import Shell, commit_all, environment, git
-from .versions import MATRIX, OLDEST, PACKAGES, PAGE, Versions
 
-READER = Path(__file__).with_name("stored.py")
+READER = REPOSITORY / "tests" / "support" / "stored.py"
 
 Run = Callable[..., str]
 
@@ -46,7 +46,7 @@ def with_versions(
 
 def _find(python: str) -> None:
     """Skip the test where uv neither finds a Python nor can fetch it."""
-    words = ["uv", "python", "find", versions.interpreter(python)]
+    words = ["uv", "python", "find", compatibility.interpreter(python)]
     if subprocess.run(words, env=environment(), capture_output=True, check=False).returncode:
         fetched = subprocess.run(
             ["uv", "python", "install", python], env=environment(), capture_output=True, check=False
@@ -182,7 +182,9 @@ def test_the_oldest_copier_generates_and_updates(clone: Path, tmp_path: Path, sh
     (oldest,) = re.findall(
         r'^_min_copier_version: "(.*)"', (clone / "copier.yml").read_text(), re.M
     )
-    copier = f"uvx --from copier=={oldest} --python {versions.interpreter(OLDEST.python)} copier"
+    copier = (
+        f"uvx --from copier=={oldest} --python {compatibility.interpreter(OLDEST.python)} copier"
+    )
     project = tmp_path / "my_project"
     extras = "'--data=extras=[offline, serving, console]'"
     shell(f"{copier} copy --defaults {extras} {clone} {project}", tmp_path)
@@ -233,14 +235,14 @@ def test_rows_of_what_is_tested_anew_replace_the_old_ones(tmp_path: Path) -> Non
         <testcase name="c"/>
         </testsuite></testsuites>"""
     )
-    empty = f"Before.\n\n{versions.BEGIN}{versions.END}\nAfter.\n"
-    (row,) = versions.tested(report)
+    empty = f"Before.\n\n{compatibility.BEGIN}{compatibility.END}\nAfter.\n"
+    (row,) = compatibility.tested(report)
 
-    once = versions.with_rows(empty, [row])
-    twice = versions.with_rows(once, [{**row, "python": "3.9"}, {**row, "result": "passed"}])
+    once = compatibility.with_rows(empty, [row])
+    twice = compatibility.with_rows(once, [{**row, "python": "3.9"}, {**row, "result": "passed"}])
 
     assert (row["kedro"], row["result"]) == ("1.7.0", "**failed**")
     assert once.startswith("Before.\n")
     assert once.endswith("\nAfter.\n")
-    assert [entry["result"] for entry in versions.written(once)] == ["**failed**"]
-    assert [entry["result"] for entry in versions.written(twice)] == ["passed"]
+    assert [entry["result"] for entry in compatibility.written(once)] == ["**failed**"]
+    assert [entry["result"] for entry in compatibility.written(twice)] == ["passed"]

@@ -16,9 +16,9 @@ from urllib.parse import urlsplit
 import pytest
 from mlflow.entities import Run
 
-from .conftest import Project, has, heed_signals, needs_kedro
-from .dask_clusters import Cluster, dask_cluster
-from .servers import CountingProxy, counting_proxy
+from ..support.dask_clusters import Cluster, dask_cluster
+from ..support.projects import Project, has, heed_signals, needs_kedro
+from ..support.servers import CountingProxy, counting_proxy
 from .test_runners import CATALOG, NODES, WORK, check_everything
 
 # What the nodes below need: a place to meet, since they run in other processes than the test.

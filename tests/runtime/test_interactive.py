@@ -14,9 +14,8 @@ import yaml
 from kedro.framework.session import KedroSession
 from kedro.framework.startup import bootstrap_project
 
-from .conftest import Project, has
-from .servers import CountingProxy
-from .test_runs import ONE_NODE
+from ..support.projects import ONE_NODE, Project, has
+from ..support.servers import CountingProxy
 
 
 def ipython(project: Project, code: str) -> str:

@@ -41,7 +41,7 @@ from runtime import _kedro, _mlflow
 from runtime.stores.embedded import part_when_forked
 
 from ..conftest import REPOSITORY
-from .conftest import has
+from ..support.projects import has
 
 
 def check(holder: Any, *names: str) -> None:

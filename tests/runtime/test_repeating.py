@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import Project, for_kedro, has, needs_kedro
-from .test_provenance import git
+from ..support.projects import Project, for_kedro, has, needs_kedro
+from .tracking.test_provenance import git
 
 TWO_PIPELINES = """
 from kedro.pipeline import Node, Pipeline

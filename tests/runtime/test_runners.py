@@ -17,8 +17,8 @@ from kedro.runner import AbstractRunner, SequentialRunner, ThreadRunner
 from mlflow.entities import Run
 from mlflow.tracking import fluent
 
-from .conftest import Project, has
-from .servers import CountingProxy
+from ..support.projects import Project, has
+from ..support.servers import CountingProxy
 
 # How often each runner has to get everything right; set it to 20 for a thorough check.
 REPETITIONS = int(os.environ.get("RUNNER_REPETITIONS", "1"))

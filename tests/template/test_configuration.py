@@ -18,7 +18,7 @@ from kedro.config import OmegaConfigLoader
 from runtime.config.keys import MlflowConfig
 
 from ..conftest import Generate
-from . import shipped_config
+from ..support import shipped_config
 from .conftest import read_toml
 
 SERVER = "https://mlflow.example.org"

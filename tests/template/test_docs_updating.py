@@ -16,8 +16,8 @@ import pytest
 import yaml
 
 from ..conftest import REPOSITORY
+from ..support.versions import append, replace, tag
 from .conftest import git
-from .versions import append, replace, tag
 
 GUIDE = (REPOSITORY / "docs" / "updating.md").read_text("utf-8")
 BLOCKS = re.findall(r"^```console\n(.*?)^```$", GUIDE, re.DOTALL | re.MULTILINE)

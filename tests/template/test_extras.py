@@ -13,8 +13,8 @@ import pytest
 import yaml
 
 from ..conftest import EXTRAS, Generate
+from ..support.versions import NOW, Versions, make_versions
 from .conftest import changed_by_hooks, complaints, files, git, ruff
-from .versions import NOW, Versions, make_versions
 
 PACKAGE = "src/penguin_study"
 RUNTIME = f"{PACKAGE}/runtime"

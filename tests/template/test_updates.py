@@ -20,8 +20,8 @@ import yaml
 from pre_commit_hooks.check_merge_conflict import main as check_merge_conflict
 
 from ..conftest import EXTRAS, REPOSITORY
+from ..support.versions import KEPT, LEFT, NOW, Versions, append, make_versions
 from .conftest import files, git
-from .versions import KEPT, LEFT, NOW, Versions, append, make_versions
 
 Files = dict[str, bytes]
 Answers = dict[str, Any]

@@ -12,9 +12,9 @@ import pytest
 import yaml
 
 from ..conftest import REPOSITORY
-from . import versions as versions_module
+from ..support import versions as versions_module
+from ..support.versions import NOW, RUNTIME, Versions, make_versions, tag
 from .conftest import git
-from .versions import NOW, RUNTIME, Versions, make_versions, tag
 
 ANSWERS: list[dict[str, Any]] = [
     {"example": True, "docker": True, "ci": "github", "scale_out": "dask", "licence": "MIT"},

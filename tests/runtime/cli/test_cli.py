@@ -1,0 +1,407 @@
+"""`kedro mlflow init` and `kedro mlflow ui`, and the file for credentials."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from kedro.framework.session import KedroSession
+from kedro.framework.startup import bootstrap_project
+from mlflow import MlflowClient, environment_variables
+
+from runtime.config.keys import MlflowConfig, commented_yaml
+from runtime.config.loading import read_credentials
+from runtime.offline.disk import disk_of
+from runtime.stores.server import Server
+
+from ...support.projects import ONE_NODE, Project, has
+from ...support.servers import free_port
+
+
+def refusal(ended: subprocess.CompletedProcess[str]) -> str:
+    """Give the one sentence that a command has ended with."""
+    assert ended.returncode == 1, ended.stdout + ended.stderr
+    assert "Traceback" not in ended.stdout + ended.stderr
+    (sentence,) = ended.stderr.splitlines()
+    return sentence.removeprefix("Error: ")
+
+
+def context_of(project: Project, env: str | None = None) -> Any:
+    bootstrap_project(project.path)
+    with KedroSession.create(project_path=project.path, env=env) as session:
+        return session.load_context()  # type: ignore[attr-defined]
+
+
+def keys_of(entries: dict[str, Any]) -> dict[str, Any]:
+    """List the names at every level, without the values."""
+    return {
+        name: keys_of(value) if isinstance(value, dict) and value else None
+        for name, value in entries.items()
+    }
+
+
+def test_init_writes_every_key_as_it_holds_so_that_runs_stay_as_they_are(
+    project: Project,
+) -> None:
+    project.pipeline(ONE_NODE.replace("2 * x", "1"))
+    project.parameters({"x": {"y": 1}, "name": "from-parameters"})
+    project.write("conf/base/globals.yml", "team: penguins")
+    # What Kedro reads as mlflow.yml may be spread over several files.
+    project.write("conf/base/mlflow_ui.yml", "ui: {port: 5001}")
+    project.mlflow_yml(
+        """
+        tracking:
+          experiment:
+            name: ${globals:team}-ünïted
+            create_experiment_kwargs: {tags: {owner: ada}}
+          run: {name: "${runtime_params:run_name, always}"}
+          params: {dict_params: {flatten: true, sep: "/"}}
+          redact: []
+        """,
+        env="base",
+    )
+    file = project.path / "conf" / "prod" / "mlflow.yml"
+    file.unlink()
+    before = context_of(project, "prod").mlflow
+    project.run(env="prod", params={"run_name": "mine"})
+
+    ended = project.kedro("mlflow", "init", "--env", "prod")
+
+    assert ended.returncode == 0, ended.stderr
+    assert f"Written: {file}" in ended.stdout
+    text = file.read_text("utf-8")
+    assert keys_of(yaml.safe_load(text)) == keys_of(
+        {
+            **yaml.safe_load(commented_yaml()),
+            "tracking": {
+                **yaml.safe_load(commented_yaml())["tracking"],
+                "experiment": {
+                    "name": None,
+                    "create_experiment_kwargs": {"artifact_location": None, "tags": {"owner": 1}},
+                    "restore_if_deleted": None,
+                },
+            },
+        }
+    )
+    assert "    # Continue the run with this id.\n    id: null\n" in text
+    assert '"${globals:team}-ünïted"' in text
+    assert '"${runtime_params:run_name, always}"' in text
+    after = context_of(project, "prod").mlflow
+    assert after == before
+    assert after.ui.port == 5001
+    project.run(env="prod", params={"run_name": "mine"})
+    project.run(env="prod")
+    shown = [(r.info.run_name, r.info.experiment_id, r.data.params) for r in project.all_runs()]
+    assert shown[1] == shown[2]
+    assert shown[1][0] == "mine"
+    assert shown[0] == ("always", *shown[1][1:])
+
+
+def test_init_replaces_a_file_only_by_force_and_keeps_its_values(project: Project) -> None:
+    file = project.path / "conf" / "prod" / "mlflow.yml"
+    project.mlflow_yml("# mine\ntracking: {run: {nested: no}}\n", env="prod")
+    before = file.read_bytes()
+
+    refused = project.kedro("mlflow", "init", "--env", "prod")
+
+    assert refusal(refused) == f"{file} exists already; --force replaces it."
+    assert file.read_bytes() == before
+    assert project.kedro("mlflow", "init", "--env=prod", "--force").returncode == 0
+    written = yaml.safe_load(file.read_text("utf-8"))
+    assert written["tracking"]["run"]["nested"] is False
+    assert written["tracking"]["experiment"]["name"] == project.package  # of conf/base
+
+
+@pytest.mark.parametrize(
+    ("files", "options", "sentence"),
+    [
+        ({}, ["--env", "prdo"], "{conf}/prdo is no environment: make the folder first."),
+        (
+            {"conf/local/mlflow.yaml": "ui: {port: 5001}\n"},
+            ["--force"],
+            "{conf}/local/mlflow.yaml is there already: rename or remove it first.",
+        ),
+        (
+            {"conf/local/mlflow.yml": "ui: {port: [5001}\n"},
+            ["--force"],
+            "Nothing written, a file is no YAML: while parsing a flow sequence",
+        ),
+    ],
+    ids=["unknown environment", "other file", "no YAML"],
+)
+def test_init_says_in_one_sentence_why_it_writes_nothing(
+    project: Project, files: dict[str, str], options: list[str], sentence: str
+) -> None:
+    for name, text in files.items():
+        project.write(name, text)
+    before = set(project.path.glob("conf/**/*"))
+
+    refused = project.kedro("mlflow", "init", *options)
+
+    assert refusal(refused).startswith(sentence.format(conf=project.path / "conf"))
+    assert set(project.path.glob("conf/**/*")) == before
+    assert all((project.path / name).read_text() == text for name, text in files.items())
+
+
+@pytest.mark.parametrize("options", [[], ["--env=base", "--force"], ["--env=team/ada"]])
+def test_init_works_in_any_folder_of_the_project_and_names_the_schema(
+    project: Project, options: list[str]
+) -> None:
+    (project.path / "conf" / "team" / "ada").mkdir(parents=True)
+    inside = replace(project, path=project.path / "data" / "01_raw")
+
+    ended = inside.kedro("mlflow", "init", *options)
+
+    assert ended.returncode == 0, ended.stderr
+    (written,) = re.findall(r"Written: (.+)", ended.stdout)
+    first = Path(written).read_text("utf-8").splitlines()[0]
+    schema = Path(written).parent / first.removeprefix("# yaml-language-server: $schema=")
+    assert schema.resolve() == (
+        project.path / "src" / project.package / "runtime" / "mlflow.schema.json"
+    )
+
+
+@dataclass
+class Pages:
+    """A `kedro mlflow ui` that serves, and the processes it has started, with their arguments."""
+
+    address: str
+    process: subprocess.Popen[str]
+    children: dict[int, str]
+
+    def end(self, how: signal.Signals) -> int:
+        """Send a signal to the command alone, as a supervisor does; gives the exit status."""
+        self.process.send_signal(how)
+        return self.process.wait()
+
+    @property
+    def left(self) -> set[int]:
+        if not has("mlflow", "3.10"):
+            return set()  # its server ends a moment after the command
+        return self.children.keys() & processes().keys()
+
+
+def processes() -> dict[int, tuple[int, str]]:
+    """List the processes of this machine: the parent and the arguments of each."""
+    listed = subprocess.run(
+        ["ps", "-A", "-o", "pid=,ppid=,args="], check=True, capture_output=True, text=True
+    )
+    rows = (line.split(maxsplit=2) for line in listed.stdout.splitlines())
+    return {int(pid): (int(parent), "".join(args)) for pid, parent, *args in rows}
+
+
+def descendants(pid: int) -> dict[int, str]:
+    found: dict[int, str] = {}
+    everything = processes()
+    parents = {pid}
+    while parents:
+        children = {p: args for p, (parent, args) in everything.items() if parent in parents}
+        found |= children
+        parents = set(children)
+    return found
+
+
+@contextmanager
+def pages(project: Project, *options: str, **env: str) -> Iterator[Pages]:
+    """Run `kedro mlflow ui` and wait until it serves."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "kedro", "mlflow", "ui", *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=project.path,
+        env={**os.environ, "PYTHONUNBUFFERED": "1", **env},
+        start_new_session=True,
+    )
+    assert process.stdout
+    with process:
+        try:
+            log = ""
+            for line in process.stdout:
+                log += line
+                if "Uvicorn running on" in line:
+                    break
+            (address,) = re.findall(r"MLflow's pages: (\S+) ", log) or [log]
+            assert f"Uvicorn running on {address}" in log, log
+            yield Pages(address, process, descendants(process.pid))
+        finally:
+            process.terminate()
+
+
+def fetch(address: str) -> str:
+    with urllib.request.urlopen(address) as answer:
+        text: str = answer.read().decode()
+        return text
+
+
+def test_ui_serves_the_embedded_store_on_a_free_port_until_ctrl_c(project: Project) -> None:
+    project.pipeline(ONE_NODE)
+    project.parameters({"x": 1})
+    project.run()
+    inside = replace(project, path=project.path / "src")
+
+    with pages(inside) as served:
+        assert "<title>MLflow</title>" in fetch(served.address)
+        run = MlflowClient(served.address).get_run(project.only_run().info.run_id)
+        assert run.data.params == {"x": "1"}
+        assert len(served.children) >= 1
+        assert not any(project.tracking_uri in args for args in served.children.values())
+
+        assert served.end(signal.SIGINT) == 0
+
+        assert served.left == set()
+
+
+def test_ui_serves_on_the_given_port_with_credentials_and_registry_until_terminated(
+    project: Project, empty_store: Path
+) -> None:
+    shutil.copy(empty_store, project.path / "registry.db")
+    registry = f"sqlite:///{project.path.as_posix()}/registry.db"
+    MlflowClient(project.tracking_uri, registry).create_registered_model("penguins")
+    # Any variable that the server reads shows that it has them.
+    project.write("conf/local/credentials.yml", "pages: {MLFLOW_STATIC_PREFIX: /team}")
+    project.mlflow_yml(
+        "server: {credentials: pages, mlflow_registry_uri: 'sqlite:///registry.db'}\nui: {port: 1}"
+    )
+    port = free_port()
+
+    with pages(project, "--port", str(port), "--host", "127.0.0.1") as served:
+        assert served.address == f"http://127.0.0.1:{port}"
+        assert "<title>MLflow</title>" in fetch(f"{served.address}/team/")
+        prefix = "/team" if has("mlflow", "3.12") else ""  # before, it is for the pages alone
+        models = MlflowClient(served.address + prefix).search_registered_models()
+        assert [model.name for model in models] == ["penguins"]
+
+        assert served.end(signal.SIGTERM) == 0
+
+        assert served.left == set()
+
+
+def test_ui_shows_the_runs_that_are_to_be_replayed(project: Project, empty_store: Path) -> None:
+    uri = f"http://127.0.0.1:{free_port()}"
+    project.mlflow_yml(f"server: {{mlflow_tracking_uri: '{uri}'}}")
+    refused = project.kedro("mlflow", "ui", "--offline")
+    disk = disk_of(Server(uri, uri), project.path)
+    assert disk
+    disk.folder.mkdir(parents=True)
+    shutil.copy(empty_store, disk.folder / "mlflow.db")
+    disk.client().create_experiment("only on disk", disk.artifacts.as_uri())
+
+    assert refusal(refused) == f"--offline: no run on disk waits for {uri}"
+    with pages(project, "--offline") as served:
+        assert MlflowClient(served.address).get_experiment_by_name("only on disk")
+
+
+@pytest.mark.parametrize("how", ["option", "key"])
+def test_ui_says_in_one_sentence_that_a_port_is_taken(project: Project, how: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        if how == "key":
+            project.mlflow_yml(f"ui: {{port: {port}}}")
+
+        refused = project.kedro("mlflow", "ui", *(["--port", str(port)] if how == "option" else []))
+
+    assert refusal(refused) == (
+        f"Can't listen on 127.0.0.1:{port} (Address already in use). Choose another with "
+        "--host and --port, or leave the port out for a free one."
+    )
+
+
+@pytest.mark.parametrize(
+    ("uri", "page", "opened"),
+    [
+        ("http://ada:t0p@127.0.0.1:9/team", "http://127.0.0.1:9/team", True),
+        ("databricks", "databricks", False),
+    ],
+)
+def test_ui_prints_and_opens_the_page_of_a_server_without_its_password(
+    project: Project, tmp_path: Path, uri: str, page: str, opened: bool
+) -> None:
+    # What click opens a page with on Linux and macOS. It inherits our pipe, so that its output is
+    # part of the command's.
+    for name in ("xdg-open", "open"):
+        project.write(f"bin/{name}", '#!/bin/sh\necho "opened $1"\n')
+        (project.path / "bin" / name).chmod(0o755)
+    project.mlflow_yml(f"server: {{mlflow_tracking_uri: '{uri}'}}")
+
+    ended = project.kedro(
+        "mlflow", "ui", PATH=f"{project.path / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    )
+
+    assert ended.returncode == 0, ended.stderr
+    lines = ended.stdout.splitlines()
+    assert f"The runs are on {page}" in lines
+    assert (f"opened {page}" in lines) is opened
+    assert "t0p" not in ended.stdout + ended.stderr
+
+
+def examples(stub: str) -> str:
+    """Take the comment marks off the examples, which stand after the introduction."""
+    return re.sub(r"^# ?", "", stub.partition("\n\n")[2], flags=re.MULTILINE)
+
+
+def test_the_file_for_credentials_is_empty_until_its_marks_are_taken_off(project: Project) -> None:
+    stub = (project.path / "conf" / "local" / "credentials.yml").read_text("utf-8")
+    assert yaml.safe_load(stub) is None
+    assert context_of(project)._get_config_credentials() == {}
+
+    project.write("conf/local/credentials.yml", examples(stub))
+    entries = yaml.safe_load(examples(stub))
+
+    assert {name for entry in entries.values() for name in entry} == {
+        "MLFLOW_TRACKING_USERNAME",
+        "MLFLOW_TRACKING_PASSWORD",
+        "MLFLOW_TRACKING_TOKEN",
+        "MLFLOW_TRACKING_SERVER_CERT_PATH",
+        "MLFLOW_TRACKING_CLIENT_CERT_PATH",
+        "PGPASSWORD",
+        "DATABRICKS_HOST",
+        "DATABRICKS_TOKEN",
+        "AWS_ACCESS_KEY_ID",
+        "AWS_SECRET_ACCESS_KEY",
+        "MLFLOW_S3_ENDPOINT_URL",
+        "GOOGLE_APPLICATION_CREDENTIALS",
+        "AZURE_STORAGE_CONNECTION_STRING",
+        "AZURE_TENANT_ID",
+        "AZURE_CLIENT_ID",
+        "AZURE_CLIENT_SECRET",
+    }
+    for name, entry in entries.items():
+        project.mlflow_yml(f"server: {{credentials: {name}}}")
+        assert read_credentials(context_of(project)) == entry
+    (named,) = re.findall(r"`(server: .*)`", stub)
+    assert yaml.safe_load(named)["server"]["credentials"] in entries
+    MlflowConfig.model_validate(yaml.safe_load(named))
+
+
+def test_mlflow_reads_the_variables_of_the_file_for_credentials(project: Project) -> None:
+    stub = (project.path / "conf" / "local" / "credentials.yml").read_text("utf-8")
+    names = {name for entry in yaml.safe_load(examples(stub)).values() for name in entry}
+    read = "".join(
+        inspect.getsource(importlib.import_module(module))
+        for module in (
+            # Those of the storages' own libraries are also what MLflow hands on to a container.
+            "mlflow.projects.backend.local",
+            "databricks.sdk.config",
+            "azure.identity._constants",
+        )
+    )
+
+    # PostgreSQL's own library reads this one (libpq).
+    for name in names - {"PGPASSWORD"}:
+        assert hasattr(environment_variables, name) or name in read, name
