@@ -28,7 +28,7 @@ def test_the_steps_of_the_dockerfile_give_a_project_that_runs_without_its_source
     shutil.copytree(project / "data", app / "data")  # the volume
     (command,) = json.loads(final.partition("ENTRYPOINT")[2])
     store = f"sqlite:///{tmp_path.as_posix()}/runs.db"
-    shell(f".venv/bin/{command} --env=test", app, MLFLOW_TRACKING_URI=store)
+    shell(f".venv/bin/{command}", app, MLFLOW_TRACKING_URI=store)
 
     client = MlflowClient(store)
     (experiment,) = [e for e in client.search_experiments() if e.name != "Default"]

@@ -105,6 +105,14 @@ def test_a_new_project_passes_its_own_tests_and_checks(
     git(project, "init", "--quiet")
     git(project, "add", "--all")
 
+    # What an owner adds: a pipeline as Kedro writes it, a node without types, a package without.
+    shell("uv run kedro pipeline create pricing", project)
+    nodes = project / "src/my_project/pipelines/pricing/nodes.py"
+    nodes.write_text(
+        "import plotly\n\n\ndef price(cost, share):\n    return plotly, cost * share\n"
+    )
+    git(project, "add", "--all")
+
     shell("uv run pytest", project)
     shell("uv run mypy", project)
     shell("uv run pre-commit run --all-files", project)
@@ -112,7 +120,7 @@ def test_a_new_project_passes_its_own_tests_and_checks(
     assert git(project, "diff", "--name-only") == ""
     assert not (project / "mlflow.db").exists()
     # With these three all that CI runs, without a server and without secrets.
-    shell("uv run kedro run --env=test", project)
+    shell(f"uv run kedro run {'--env=test' if (project / 'conf/test').exists() else ''}", project)
     assert [run.info.status for run in main_runs(project)] == ["FINISHED"]
     installed = shell("uv pip list --python=.venv", project)
     assert "kedro-telemetry" not in installed

@@ -14,12 +14,12 @@ GITHUB = ".github/workflows/ci.yml"
 DEPENDABOT = ".github/dependabot.yml"
 GITLAB = ".gitlab-ci.yml"
 
-# What a developer runs too; `--env=test` needs no server.
+# What a developer runs too.
 COMMANDS = [
     "uv run pre-commit run --all-files",
     "uv run mypy",
     "uv run pytest",
-    "uv run kedro run --env=test",
+    "uv run kedro run",
 ]
 
 
@@ -88,6 +88,16 @@ def test_zizmor_does_find_weaknesses(github: Path, tmp_path: Path) -> None:
     (tmp_path / GITHUB).write_text(text.replace("persist-credentials: false", "clean: true"))
 
     assert "artipacked" in complaints(tmp_path, "zizmor", "--offline", GITHUB)
+
+
+@pytest.mark.parametrize("answer", [{"tracking_backend": "server"}, {"artifact_store": "s3"}])
+def test_ci_needs_no_server(generate: Generate, tmp_path: Path, answer: dict[str, str]) -> None:
+    on_github = generate(tmp_path / "github", ci="github", **answer)
+    on_gitlab = generate(tmp_path / "gitlab", ci="gitlab", **answer)
+
+    assert commands_of_github(on_github)[-1] == "uv run kedro run --env=test"
+    assert commands_of_gitlab(on_gitlab)[-1] == "uv run kedro run --env=test"
+    assert (on_github / "conf/test/mlflow.yml").exists()
 
 
 def test_the_schemas_do_find_mistakes(github: Path, gitlab: Path, tmp_path: Path) -> None:

@@ -150,11 +150,14 @@ def test_the_tests_of_a_project_use_no_server_no_secrets_and_no_store(
     base = tmp_path / "conf/base/mlflow.yml"
     base.write_text(mlflow_yml(project).replace("credentials: null", "credentials: mine"), "utf-8")
     assert merged(Project(tmp_path, project.written), "local").server.credentials == "mine"
+    env = "test" if (tmp_path / "conf/test").exists() else "base"
+    assert f'env="{env}"' in (project.folder / "tests/test_run.py").read_text("utf-8")
 
-    config = merged(Project(tmp_path, project.written), "test")
+    config = merged(Project(tmp_path, project.written), env)
 
-    assert config.server == MlflowConfig().server
-    assert config.tracking == MlflowConfig().tracking
+    credentials = None if env == "test" else "mine"
+    assert config.server == MlflowConfig().server.model_copy(update={"credentials": credentials})
+    assert config.tracking.experiment.create_experiment_kwargs.artifact_location is None
 
 
 def test_the_services_of_compose_have_runs_models_and_files(project: Project) -> None:

@@ -109,7 +109,6 @@ def test_neither_secrets_nor_data_go_to_the_image(generate: Generate, tmp_path: 
         "conf/docker/mlflow.yml",
         "conf/local/.gitkeep",
         "conf/prod/mlflow.yml",
-        "conf/test/mlflow.yml",
         "pyproject.toml",
         "uv.lock",
     }

@@ -29,7 +29,6 @@ conf/base/parameters.yml
 conf/local/.gitkeep
 conf/local/credentials.yml
 conf/prod/mlflow.yml
-conf/test/mlflow.yml
 data/01_raw/.gitkeep
 data/02_intermediate/.gitkeep
 data/03_primary/.gitkeep
@@ -62,6 +61,8 @@ src/penguin_study/pipelines/training/__init__.py
 src/penguin_study/pipelines/training/nodes.py
 src/penguin_study/pipelines/training/pipeline.py
 tests/pipelines/test_data_processing.py
+tests/pipelines/test_inference.py
+tests/pipelines/test_training.py
 """.split()
 
 WITHOUT_EXAMPLE = """
@@ -163,6 +164,8 @@ def test_the_files_are_exactly_those_expected(project: Project, template: Path) 
     expected = expected + WITH_CI[project.answers.ci]
     if project.answers.licence != "none":
         expected = [*expected, "LICENSE"]
+    if (project.answers.tracking_backend, project.answers.artifact_store) != ("sqlite", "local"):
+        expected = [*expected, "conf/test/mlflow.yml"]
     if project.answers.scale_out == "dask":
         expected = expected + WITH_DASK
 

@@ -28,6 +28,11 @@ ELSEWHERE = {"GH100": "its changes are checked on GitLab, or nowhere"}
 OF_A_PROJECT = BY_ADDRESS | {
     "PY004": "a project is explained where its parts are: README.md, conf/, data/",
     "PY007": "uv runs its three commands",
+    "MY101": "how strict types are is the owner's choice: a node without any passes",
+    "MY103": "as MY101",
+    "MY104": "as MY101",
+    "MY105": "as MY101",
+    "MY106": "as MY101",
 }
 HERE = {
     **BY_ADDRESS,

@@ -263,6 +263,7 @@ def _lines(
             98,
             initial_indent=f"{indent}# ",
             subsequent_indent=f"{indent}# ",
+            break_on_hyphens=False,
         )
         text = written.get(path + name) or json.dumps(value)
         if text == json.dumps(value) and value and isinstance(value, list):
