@@ -130,7 +130,7 @@ def test_every_command_of_a_projects_readme_works(
     clone: Path, tmp_path: Path, shell: Shell
 ) -> None:
     project = tmp_path / "my_project"
-    shell(f"uvx copier copy --defaults {clone} {project}", tmp_path)
+    shell(f"uvx copier copy --defaults '--data=extras=[serving]' {clone} {project}", tmp_path)
     git(project, "init", "--quiet")
     commit_all(project, "Start")
     with_pip = [".venv/bin/pip", ".venv/bin/kedro", "python -m venv"]
