@@ -542,6 +542,7 @@ def test_the_schema_is_where_the_first_line_says(section: Section) -> None:
     file = section.project.path / "conf" / "prod" / "mlflow.yml"
     first = file.read_text("utf-8").splitlines()[0]
     (path,) = re.findall(r"^# yaml-language-server: \$schema=(\S+)$", first)
+    path = path.replace("src/penguins", f"src/{section.project.package}")
     schema = json.loads((file.parent / path).read_text("utf-8"))
     assert set(yaml.safe_load(file.read_text("utf-8"))) <= set(schema["properties"])
     assert context_of(section.project, "prod").mlflow.ui.port == 5001

@@ -55,6 +55,9 @@ def _make_sqlite(uri: str, file: Path, location: str | None) -> None:
     """
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
+    for engine in _mlflow.engines():
+        if engine.url.database == str(file):  # somebody has removed the store meanwhile
+            engine.dispose()
     logger.info("Creating the embedded MLflow store %s", uri)
     file.parent.mkdir(parents=True, exist_ok=True)
     draft = file.with_name(f"{file.name}.{uuid4().hex}")

@@ -130,10 +130,11 @@ def _end(
         client.log_batch(run_id, tags=[RunTag("kedro_error", reason)])
     client.set_terminated(run_id, status)
     if status != "FINISHED":
-        _end_children(server, run_id, experiment_id, status)
+        end_children(server, run_id, experiment_id, status)
 
 
-def _end_children(server: Server, run_id: str, experiment_id: str, status: str) -> None:
+def end_children(server: Server, run_id: str, experiment_id: str, status: str) -> None:
+    """End the child runs of a run that are still open, and theirs."""
     from mlflow.entities import ViewType
 
     of_this = f"tags.`mlflow.parentRunId` = '{run_id}' and attributes.status = 'RUNNING'"
