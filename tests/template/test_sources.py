@@ -39,6 +39,11 @@ class Terminal(pexpect.spawn):  # type: ignore[misc]
         self.expect_exact(question)
         self.send(DOWN * down + ENTER)
 
+    def mark(self, question: str, down: int = 0) -> None:
+        """Mark one of a list, so many lines below the first."""
+        self.expect_exact(question)
+        self.send(DOWN * down + " " + ENTER)
+
     def confirm(self, question: str, answer: str) -> None:
         """Answer with y or n."""
         self.expect_exact(question)
@@ -237,6 +242,7 @@ def test_the_questions_are_asked_in_a_terminal(template: Path, tmp_path: Path) -
         asked.choose("Add a Dockerfile")
         asked.choose("Where are changes checked?", down=1)
         asked.choose("Will its nodes run on more than one machine?")
+        asked.mark("Which extras does it need?", down=1)
         asked.expect_exact("Penguin Study is ready.")
 
     copier.run_copy(
@@ -250,6 +256,7 @@ def test_the_questions_are_asked_in_a_terminal(template: Path, tmp_path: Path) -
             "tracking_backend": "server",
             "tracking_uri": "https://mlflow.example.org",
             "ci": "github",
+            "extras": ["serving"],
         },
         defaults=True,
         quiet=True,

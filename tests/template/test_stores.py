@@ -163,7 +163,10 @@ def test_models_on_databricks_are_in_the_schema_and_found_by_an_alias(
     generate: Generate, tmp_path: Path
 ) -> None:
     project = generate(
-        tmp_path / "penguins", tracking_backend="databricks", unity_catalog_schema="main.birds"
+        tmp_path / "penguins",
+        tracking_backend="databricks",
+        unity_catalog_schema="main.birds",
+        extras=["serving"],
     )
 
     catalog = yaml.safe_load((project / "conf/base/catalog.yml").read_text("utf-8"))

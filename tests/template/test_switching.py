@@ -14,6 +14,7 @@ from .conftest import files, git
 
 GITHUB = {".github/dependabot.yml", ".github/workflows/ci.yml"}
 DOCKER = {".dockerignore", ".env.example", "Dockerfile", "compose.yml", "conf/docker/mlflow.yml"}
+TESTS = {"conf/test/mlflow.yml"}
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +88,8 @@ def with_edits(project: Path) -> dict[str, bytes]:
         (("ci=github",), GITHUB),
         (("ci=gitlab",), {".gitlab-ci.yml"}),
         (("docker=true", "ci=github"), {*DOCKER, *GITHUB}),
-        (("artifact_store=s3", "artifact_location=s3://runs/penguins"), set()),
-        (("tracking_backend=server", "tracking_uri=https://mlflow.example.org"), set()),
+        (("artifact_store=s3", "artifact_location=s3://runs/penguins"), TESTS),
+        (("tracking_backend=server", "tracking_uri=https://mlflow.example.org"), TESTS),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
