@@ -5,11 +5,16 @@ An extra is a folder of the runtime. Nothing of the core imports one: they are n
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import reduce
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+
+import click
+
+from .config.errors import SettingError
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,7 @@ EXTRAS = {
 }
 
 
-class MissingExtraError(ImportError):
+class MissingExtraError(click.ClickException, ImportError):
     """What is asked for comes with an extra that this project doesn't have."""
 
 
@@ -78,6 +83,22 @@ def hint(extra: str, asked_for: str) -> str:
     wanted = ", ".join(sorted([*present(), extra]))
     command = f"uvx copier update --vcs-ref :current: --data extras='[{wanted}]'"
     return f"{asked_for} comes with the extra `{extra}`: `{command}`"
+
+
+def check_hooks(config: Any, hooks: Iterable[object]) -> None:
+    """Check that the extras which mlflow.yml asks for are there, with their hooks.
+
+    Raises:
+        SettingError: When one isn't, saying how to get it.
+    """
+    classes = {type(hook).__name__ for hook in hooks}
+    for name, extra in EXTRAS.items():
+        for key, value in extra.values.items():
+            if reduce(getattr, key, config) == value and extra.hook not in classes:
+                if name not in present():
+                    raise SettingError(key, hint(name, value))
+                what = f"{value} needs the hook of an extra: add {extra.hook}() to HOOKS"
+                raise SettingError(key, f"{what} in settings.py")
 
 
 def public_names() -> dict[str, str]:

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from kedro.framework.hooks import hook_impl
 
-from . import binding
+from . import binding, stores
 from .config.errors import ConfigError
-from .stores.project import MlflowConfig, announce, config_of
 from .tracking.ending import end_abandoned
 
 if TYPE_CHECKING:
@@ -42,8 +41,7 @@ class MlflowHook:
         _offer_config(context)
         binding.use_context(context)
         if "IPython" in sys.modules and sys.modules["IPython"].get_ipython():
-            config: MlflowConfig = context.mlflow  # type: ignore[attr-defined]
-            announce(config)
+            context.mlflow.announce()  # type: ignore[attr-defined]
             _end_what_a_cell_leaves(sys.modules["IPython"].get_ipython())
 
     @hook_impl
@@ -158,7 +156,8 @@ def _offer_config(context: KedroContext) -> None:
     """Give a context the attribute `mlflow`: most commands never read it, and stay fast."""
     kind = type(context)
     # A class for this context alone: those of other projects in the process have their own runtime.
-    names = {"__module__": kind.__module__, "mlflow": cached_property(config_of)}
+    mlflow = cached_property(lambda context: stores.project.config_of(context))
+    names = {"__module__": kind.__module__, "mlflow": mlflow}
     context.__class__ = type(kind.__name__, (kind,), names)
 
 
