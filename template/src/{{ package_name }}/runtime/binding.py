@@ -15,7 +15,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
 from inspect import isgeneratorfunction
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from kedro.framework import project
 from kedro.io import MemoryDataset
@@ -34,6 +34,7 @@ from .tracking import autologging, params, process, provenance
 from .tracking.ending import finish
 from .tracking.handle import RunHandle
 from .tracking.opening import start
+from .tracking.params import secrets_of as secrets_of  # for hooks and commands of extras
 
 if TYPE_CHECKING:
     from kedro.framework.context import KedroContext
@@ -58,7 +59,7 @@ _context: ContextVar[KedroContext] = ContextVar("kedro_context")
 
 
 def use_context(context: KedroContext) -> None:
-    """Take a context for that of the pipeline which this thread runs next."""
+    """Set the context of the pipeline that this thread runs next."""
     _context.set(context)
 
 
@@ -89,7 +90,7 @@ def keep_run_in(
     experiment: ExperimentOptions,
     variables: Mapping[str, str] | None = None,
 ) -> None:
-    """Have the run of a catalog opened in another store than mlflow.yml names.
+    """Open the run of a catalog in another store than the one that mlflow.yml names.
 
     For a hook whose `before_pipeline_run` is a wrapper with `tryfirst`, so that it is called before
     the run is opened, wherever it stands in `HOOKS`.
@@ -138,7 +139,7 @@ def open_run(
     config: MlflowConfig = context.mlflow  # type: ignore[attr-defined]
     for name in pipeline.datasets():
         catalog.get(name)  # one that can't be made fails here, before there is a run
-    secrets, variables = params.secrets_of(context), read_credentials(context)
+    secrets, variables = secrets_of(context), read_credentials(context)
     stores.project.register_header_provider(context)
     server, tracked_as = config.server.connection, config.tracking
     if STORE in list(catalog):
@@ -173,7 +174,7 @@ def open_run(
 
 
 def prepare_untracked(context: KedroContext, catalog: DataCatalog) -> None:
-    """Let the datasets of a catalog without a run load models and artifacts from the server."""
+    """Export the credentials with which a catalog without a run loads from the server."""
     config: MlflowConfig = context.mlflow  # type: ignore[attr-defined]
     try:
         credentials.export(_untracked(catalog), read_credentials(context))
@@ -191,7 +192,7 @@ def _untracked(catalog: DataCatalog) -> str:
 
 @dataclass(frozen=True)
 class Binding:
-    """What the catalog carries: the run, and what a worker has to know of where it comes from."""
+    """The entry of the catalog: the run, and what a worker needs to log to it."""
 
     run: RunHandle | None  # None where tracking is disabled
     package_name: str
@@ -210,7 +211,8 @@ class Binding:
         # the settings are empty, and no hook would be called around the nodes. Kedro's own attempt
         # to configure the project there (`kedro.runner.task`) needs a package name that isn't set,
         # and must not find one: it fails at the second task of a worker.
-        if project.PACKAGE_NAME is None and not project.settings.HOOKS:
+        configured_package = cast("str | None", project.PACKAGE_NAME)
+        if configured_package is None and not project.settings.HOOKS:
             project.settings.configure(f"{self.package_name}.settings")
         if not self.header_provider.pass_context:  # there is no context in a worker
             credentials.register_header_provider(self.header_provider, None)
@@ -239,7 +241,7 @@ def bind(
         run,
         package_name(),
         config.server.request_header_provider,
-        params.secrets_of(context),
+        secrets_of(context),
         tuple(config.tracking.artifacts.datasets),
         config.tracking.autolog if run else {},
         credentials.exported(run.opening if run else _untracked(catalog)),
@@ -312,7 +314,7 @@ def in_worker(catalog: DataCatalog) -> Iterator[None]:
 
 
 def name_datasets(catalog: DataCatalog, config: dict[str, Any]) -> None:
-    """Give the Mlflow datasets of a catalog their names, as a Kedro run would.
+    """Set the names of the Mlflow datasets of a catalog, as a Kedro run would.
 
     Takes what catalog.yml says too, so that no other dataset is made.
     """

@@ -19,7 +19,7 @@ from .config.errors import SettingError
 
 @dataclass(frozen=True)
 class Extra:
-    """What an extra brings.
+    """The parts of an extra.
 
     Commands of `kedro mlflow` and public names, by their modules; a hook of `HOOKS` in settings.py;
     and values of keys in mlflow.yml that this hook heeds.
@@ -52,11 +52,11 @@ EXTRAS = {
 
 
 class MissingExtraError(click.ClickException, ImportError):
-    """What is asked for comes with an extra that this project doesn't have."""
+    """A command or a name comes with an extra that this project doesn't have."""
 
 
 def present() -> list[str]:
-    """Name the extras that this project has."""
+    """Return the extras that this project has."""
     # Not its folder: Python may have left its bytecode there.
     runtime = Path(__file__).parent
     return [name for name in EXTRAS if (runtime / name / "__init__.py").is_file()]
@@ -79,9 +79,9 @@ def load(extra: str, module: str, asked_for: str) -> Any:
 
 
 def hint(extra: str, asked_for: str) -> str:
-    """Say how to get an extra."""
-    wanted = ", ".join(sorted([*present(), extra]))
-    command = f"uvx copier update --vcs-ref :current: --data extras='[{wanted}]'"
+    """Return the sentence on how to get an extra."""
+    extras = ", ".join(sorted([*present(), extra]))
+    command = f"uvx copier update --vcs-ref :current: --data extras='[{extras}]'"
     return f"{asked_for} comes with the extra `{extra}`: `{command}`"
 
 

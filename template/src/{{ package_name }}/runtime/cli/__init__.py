@@ -24,10 +24,8 @@ _COMMANDS = {
 class _Commands(LazyGroup):
     """A group that says how to get a command of an extra that isn't there."""
 
-    def get_command(  # type: ignore[override] # as in LazyGroup
-        self, ctx: click.Context, cmd_name: str
-    ) -> click.Command | None:
-        command = super().get_command(ctx, cmd_name)
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        command: click.Command | None = super().get_command(ctx, cmd_name)
         if command is None and (extra := owner_of_command(cmd_name)):
             raise MissingExtraError(hint(extra, f"`kedro mlflow {cmd_name}`"))
         return command

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -17,7 +16,7 @@ from kedro.framework.cli.utils import env_option
 from kedro.framework.startup import ProjectMetadata
 
 from ..config.loading import read_credentials
-from ..config.uris import is_database, is_http
+from ..config.uris import is_database, is_http, shown_uri
 from ..extras import load
 from .session import opened
 
@@ -48,10 +47,10 @@ def ui(
         variables = read_credentials(context)
     server = config.server.connection
     if offline:
-        command = load("offline", "command", "`kedro mlflow ui --offline`")
-        server = command.store_on_disk(server, metadata.project_path)
+        sync = load("offline", "command", "`kedro mlflow ui --offline`")
+        server = sync.store_on_disk(server, metadata.project_path)
     if not is_database(server.tracking_uri):
-        page = re.sub(r"//[^/?#]*@", "//", server.tracking_uri)  # without user and password
+        page = shown_uri(server.tracking_uri).replace("//***@", "//")
         click.echo(f"The runs are on {page}")
         if is_http(page):
             click.launch(page)

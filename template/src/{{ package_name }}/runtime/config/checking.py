@@ -1,4 +1,4 @@
-"""Make the configuration of `mlflow.yml`, with whole URIs, or tell each mistake in it."""
+"""Check the configuration of `mlflow.yml`, and make its URIs and names complete."""
 
 from __future__ import annotations
 

@@ -16,12 +16,12 @@ from pydantic_core import PydanticCustomError
 
 
 def _as_number(value: Any) -> Any:
-    """Take a number that is written as a text for one."""
+    """Return the number for one that is written as a text."""
     return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
 def _as_switch(value: Any) -> Any:
-    """Refuse in one sentence what is neither a switch nor options."""
+    """Raise an error in one sentence for what is neither a switch nor options."""
     if not isinstance(value, bool | dict):
         raise PydanticCustomError("switch", "expected true, false or options")
     return value
@@ -39,7 +39,7 @@ class _Options(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _empty(cls, value: Any) -> Any:
-        """Take a group whose keys are all commented out for one with the defaults."""
+        """Return no keys for a group whose keys are all commented out: it has the defaults."""
         return {} if value is None else value
 
 
@@ -143,7 +143,7 @@ class ParamsOptions(_Options):
 
 
 class ArtifactsOptions(_Options):
-    """What becomes an artifact without a word in the catalog."""
+    """Outputs that become artifacts without an entry of their own in the catalog."""
 
     datasets: list[str] = []
     """Outputs of nodes to log as artifacts, by name or pattern: "*_figure"."""
@@ -245,7 +245,7 @@ def _lines(options: _Options, written: Mapping[str, str], path: str = "") -> Ite
 
 
 def json_schema() -> dict[str, Any]:
-    """Describe `mlflow.yml` for editors; each value may also be an interpolation, `${…}`."""
+    """Return the JSON Schema of `mlflow.yml`; each value may also be an interpolation, `${…}`."""
     schema = MlflowConfig.model_json_schema()
     for group in (schema, *schema["$defs"].values()):
         for name, field in group["properties"].items():

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from kedro.framework.hooks import hook_impl
 
-from ..binding import context_of_run, fail, is_tracked, refuse_old_server, run_of
+from ..binding import context_of_run, fail, is_tracked, refuse_old_server, run_of, secrets_of
 from ..config.loading import package_name
-from ..tracking.params import secrets_of
 from .pipeline_ml import PipelineML
 
 if TYPE_CHECKING:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..binding import bind, end, fail, open_run
+from ..binding import bind, end, fail, open_run, secrets_of
 from ..config.loading import package_name
-from ..tracking.params import secrets_of
 from . import packing
 from .pipeline_model import KedroPipelineModel
 

@@ -40,12 +40,12 @@ def exported(key: str) -> dict[str, str | None]:
 
 
 def take_back(key: str) -> None:
-    """Put back what the variables of a run were, unless another run still wants them."""
+    """Restore the variables of a run, unless another run still needs them."""
     held = state.current()
     with held.lock:
         for name in held.exported.pop(key, {}):
-            wanted = [others[name] for others in held.exported.values() if name in others]
-            _set(name, wanted[-1] if wanted else held.before_export.pop(name))
+            of_others = [other[name] for other in held.exported.values() if name in other]
+            _set(name, of_others[-1] if of_others else held.before_export.pop(name))
 
 
 @contextmanager
@@ -81,7 +81,7 @@ def header_provider_names() -> list[str]:
 def register_header_provider(
     options: RequestHeaderProviderOptions, context: KedroContext | None
 ) -> RequestHeaderProvider | None:
-    """Let MLflow ask the provider of `mlflow.yml` for headers, registered once in a process.
+    """Register the header provider of `mlflow.yml` with MLflow, once in a process.
 
     Returns:
         The provider, or None where `mlflow.yml` names none.

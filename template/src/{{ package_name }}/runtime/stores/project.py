@@ -64,7 +64,7 @@ class MlflowConfig(keys.MlflowConfig):
     tracking: _Tracking = Field(default_factory=_Tracking)
 
     def model_post_init(self, _: Any) -> None:
-        """Tell the experiment its server."""
+        """Set the server of the experiment."""
         self.tracking.experiment.set_server(self.server)
 
     def setup(self, context: KedroContext) -> None:
@@ -84,7 +84,7 @@ class MlflowConfig(keys.MlflowConfig):
         mlflow.set_experiment(experiment_id=self.tracking.experiment.entity.experiment_id)
 
     def announce(self) -> None:
-        """Let MLflow find the project's server and experiment when somebody uses it.
+        """Export the project's server and experiment for MLflow, wherever it is used.
 
         For notebooks. Environment variables do this without importing MLflow and without a request.
         """

@@ -138,8 +138,7 @@ def _open(
     prepare(server.tracking_uri, options.experiment.create_experiment_kwargs.artifact_location)
     server.use()
     if options.run.id and not active:
-        handle = handle_of(server, _continued(server, options.run.id))
-        return handle, tags
+        return handle_of(server, _continued(server, options.run.id)), tags
     if active and options.run.nested:  # a node starts a Kedro run of its own
         tags["mlflow.parentRunId"] = active.info.run_id
     experiment = experiment_id(server, options.experiment)
@@ -151,34 +150,18 @@ def _attach(
     server: Server, run_id: str, tags: Mapping[str, str]
 ) -> tuple[RunHandle, Mapping[str, str]]:
     run = _existing(server, run_id)
-    if run is None and server.replayed_to:
-        raise ConfigError(f"MLFLOW_RUN_ID: {_NOT_OFFLINE}, got {run_id!r}")
     if run is None:
-        raise ConfigError(
-            f"MLFLOW_RUN_ID: expected the id of a run on {shown_uri(server.tracking_uri)} "
-            f"that is not deleted, got {run_id!r}"
-        )
+        raise ConfigError(f"MLFLOW_RUN_ID: {_no_run(server, run_id)}")
     # User, source and process of somebody else's run stay theirs.
-    unset = {k: v for k, v in tags.items() if k not in run.data.tags and k not in _OWNERS_TAGS}
-    unset = {k: v for k, v in unset.items() if not k.startswith("mlflow.")}
+    of_owner = {*run.data.tags, "host", "pid", "process_start"}
+    unset = {k: v for k, v in tags.items() if k not in of_owner and not k.startswith("mlflow.")}
     return handle_of(server, run, attached=True), unset
-
-
-_NOT_OFFLINE = (
-    "with tracking.on_unreachable: offline a run of the server can't be continued: expected no id, "
-    "or on_unreachable: fail"
-)
-
-_OWNERS_TAGS = {"host", "pid", "process_start"}
 
 
 def _continued(server: Server, run_id: str) -> Run:
     run = _existing(server, run_id)
-    if run is None and server.replayed_to:
-        raise SettingError(("tracking", "run", "id"), f"{_NOT_OFFLINE}, got {run_id!r}")
     if run is None:
-        what = f"there is no such run on {shown_uri(server.tracking_uri)}, got {run_id!r}"
-        raise SettingError(("tracking", "run", "id"), what)
+        raise SettingError(("tracking", "run", "id"), _no_run(server, run_id))
     server.client.update_run(run_id, status="RUNNING")
     return run
 
@@ -193,6 +176,17 @@ def _existing(server: Server, run_id: str) -> Run | None:
             raise
         return None
     return run if run.info.lifecycle_stage == "active" else None
+
+
+def _no_run(server: Server, run_id: str) -> str:
+    """Return the sentence for a run to continue that isn't there."""
+    if server.replayed_to:
+        return (
+            "with tracking.on_unreachable: offline a run of the server can't be continued: "
+            f"expected no id, or on_unreachable: fail, got {run_id!r}"
+        )
+    where = shown_uri(server.tracking_uri)
+    return f"expected the id of a run on {where} that is not deleted, got {run_id!r}"
 
 
 def _server_of_environment(server: Server, project_path: Path) -> Server:

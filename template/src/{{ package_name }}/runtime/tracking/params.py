@@ -111,7 +111,7 @@ def _fitting(name: str) -> str:
 
 @dataclass(frozen=True)
 class Secrets:
-    """What must not be stored: values with names like those of secrets, and values that are known.
+    """The values that are hidden: those with names of secrets, and those of credentials.
 
     `patterns` are names as in `fnmatch`, whatever their case; `values` come from credentials.
     """

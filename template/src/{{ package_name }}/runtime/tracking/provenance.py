@@ -190,7 +190,7 @@ def _as_text(value: Any) -> str:
 
 
 def source_tags(project_path: Path, package_name: str) -> dict[str, str]:
-    """Describe the project and who runs it, under the names that MLflow's pages read."""
+    """Return tags for the project and its user, under the names that MLflow's pages read."""
     return {
         "mlflow.user": _user(),
         "mlflow.source.name": package_name,
