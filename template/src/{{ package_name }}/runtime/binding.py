@@ -68,10 +68,14 @@ def context_of_run() -> KedroContext:
     return _context.get()
 
 
+def _config_of(context: KedroContext) -> MlflowConfig:
+    config: MlflowConfig = context.mlflow  # type: ignore[attr-defined]
+    return config
+
+
 def is_tracked(context: KedroContext, run_params: Mapping[str, Any]) -> bool:
     """Check whether a Kedro run is tracked: not where each of its pipelines is disabled."""
-    config: MlflowConfig = context.mlflow  # type: ignore[attr-defined]
-    disabled = config.tracking.disable_tracking.pipelines
+    disabled = _config_of(context).tracking.disable_tracking.pipelines
     return not set(provenance.pipeline_names(run_params)) <= set(disabled)
 
 
@@ -136,7 +140,7 @@ def open_run(
         ConfigError: When a parameter is too long and `long_params_strategy` is `fail`, or a setting
             names what isn't there.
     """
-    config: MlflowConfig = context.mlflow  # type: ignore[attr-defined]
+    config = _config_of(context)
     for name in pipeline.datasets():
         catalog.get(name)  # one that can't be made fails here, before there is a run
     secrets, variables = secrets_of(context), read_credentials(context)
@@ -175,7 +179,7 @@ def open_run(
 
 def prepare_untracked(context: KedroContext, catalog: DataCatalog) -> None:
     """Export the credentials with which a catalog without a run loads from the server."""
-    config: MlflowConfig = context.mlflow  # type: ignore[attr-defined]
+    config = _config_of(context)
     try:
         credentials.export(_untracked(catalog), read_credentials(context))
         stores.project.register_header_provider(context)
@@ -235,7 +239,7 @@ def bind(
     Raises:
         ConfigError: When the server is too old for the models that datasets log.
     """
-    config: MlflowConfig = context.mlflow  # type: ignore[attr-defined]
+    config = _config_of(context)
     datasets = {name: _kedro.uncached(catalog.get(name)) for name in pipeline.datasets()}
     binding = Binding(
         run,
@@ -278,9 +282,9 @@ def refuse_old_server(context: KedroContext, run: RunHandle) -> None:
 
 def _server_of(context: KedroContext, run: RunHandle | None) -> Server:
     """Return the server of a run's models and artifacts; that of mlflow.yml where there is none."""
-    config: MlflowConfig = context.mlflow  # type: ignore[attr-defined]
-    # A store whose runs are replayed has those of this run only.
-    return run.server if run and not run.server.replayed_to else config.server.connection
+    if run and not run.server.replayed_to:  # a store on disk has the models of this run only
+        return run.server
+    return _config_of(context).server.connection
 
 
 def _binding_of(catalog: DataCatalog) -> Binding | None:

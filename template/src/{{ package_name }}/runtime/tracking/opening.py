@@ -64,20 +64,20 @@ def start(
         ConfigError: When `MLFLOW_RUN_ID` does, or the run has other values of these parameters.
     """
     opening, markers = uuid4().hex, project_path / MARKERS
-    given = credentials.original("MLFLOW_RUN_ID")
+    given_id = credentials.original("MLFLOW_RUN_ID")
     # MLflow would take up that run where the user's code asks for a child of it.
     exported: dict[str, str | None] = {**variables, "MLFLOW_RUN_ID": None}
     if shown_uri(server.tracking_uri) != server.tracking_uri:
         # MLflow prints the address of each run, password and all.
         exported["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
     credentials.export(opening, exported)
-    if given and not server.replayed_to:
+    if given_id and not server.replayed_to:
         server = _server_of_environment(server, project_path)
     try:
         autologging.switch_on(options.autolog)
         with failures.translate_server_errors(server, variables):
             tags = {**tags, **process.this_process().tags()}
-            handle, tags = _open(server, options, name, tags, given)
+            handle, tags = _open(server, options, name, tags, given_id)
         handle = replace(handle, opening=opening)
     except BaseException:
         credentials.take_back(opening)
@@ -120,7 +120,7 @@ def _open(
     options: TrackingOptions,
     name: str,
     tags: dict[str, str],
-    given: str | None,
+    given_id: str | None,
 ) -> tuple[RunHandle, Mapping[str, str]]:
     """Open the run, and return it with the tags that it still has to get."""
     import mlflow
@@ -133,8 +133,8 @@ def _open(
         s.run.run_id == active.info.run_id for s in state.current().started.values()
     ):
         return _attach(Server.in_use(), active.info.run_id, tags)
-    if given and not active:
-        return _attach(server, given, tags)
+    if given_id and not active:
+        return _attach(server, given_id, tags)
     prepare(server.tracking_uri, options.experiment.create_experiment_kwargs.artifact_location)
     server.use()
     if options.run.id and not active:
