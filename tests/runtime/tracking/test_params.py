@@ -9,16 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mlflow.utils.validation import _validate_param
 
+from runtime.config.errors import ConfigError
 from runtime.config.keys import MlflowConfig
 from runtime.tracking import params
 
 SECRETS = params.Secrets(tuple(MlflowConfig().tracking.redact))
-
-
-def test_only_parameters_are_selected_and_lose_their_prefix() -> None:
-    inputs = {"params:a.b": 1, "parameters": {"a": {"b": 1}}, "penguins": "a table"}
-
-    assert params.select(inputs) == {"a.b": 1, "parameters": {"a": {"b": 1}}}
 
 
 @pytest.mark.parametrize(
@@ -127,5 +122,5 @@ def test_long_values_are_cut_or_become_tags(
 
 
 def test_long_values_fail_with_name_and_length() -> None:
-    with pytest.raises(ValueError, match=r"3 characters .* 'long' \(6\)"):
+    with pytest.raises(ConfigError, match=r"3 characters .* 'long' \(6\)"):
         params.split_long({"long": "abcdef"}, limit=3, strategy="fail")

@@ -12,28 +12,27 @@ from typing import TYPE_CHECKING, Any
 from . import extras
 
 if TYPE_CHECKING:
-    from .config.config_loader import ConfigLoader
-    from .config.errors import ConfigError
-    from .config.resolvers import random_name
-    from .datasets.artifacts import MlflowArtifactDataset
-    from .datasets.metrics import (
-        MlflowMetricDataset,
-        MlflowMetricHistoryDataset,
-        MlflowMetricsDataset,
-        MlflowMetricsHistoryDataset,
-    )
+    from .config.config_loader import ConfigLoader as ConfigLoader
+    from .config.errors import ConfigError as ConfigError
+    from .config.resolvers import random_name as random_name
+    from .datasets.artifacts import MlflowArtifactDataset as MlflowArtifactDataset
+    from .datasets.metrics import MlflowMetricDataset as MlflowMetricDataset
+    from .datasets.metrics import MlflowMetricHistoryDataset as MlflowMetricHistoryDataset
+    from .datasets.metrics import MlflowMetricsDataset as MlflowMetricsDataset
+    from .datasets.metrics import MlflowMetricsHistoryDataset as MlflowMetricsHistoryDataset
     from .datasets.models import (
-        MlflowModelLocalFileSystemDataset,
-        MlflowModelRegistryDataset,
-        MlflowModelTrackingDataset,
+        MlflowModelLocalFileSystemDataset as MlflowModelLocalFileSystemDataset,
     )
-    from .datasets.tables import MlflowRunsDataset, MlflowTableDataset
-    from .hooks import MlflowHook
+    from .datasets.models import MlflowModelRegistryDataset as MlflowModelRegistryDataset
+    from .datasets.models import MlflowModelTrackingDataset as MlflowModelTrackingDataset
+    from .datasets.tables import MlflowRunsDataset as MlflowRunsDataset
+    from .datasets.tables import MlflowTableDataset as MlflowTableDataset
+    from .hooks import MlflowHook as MlflowHook
     from .offline.hook import OfflineHook as OfflineHook
     from .serving.hook import ServingHook as ServingHook
     from .serving.pipeline_ml import pipeline_ml_factory as pipeline_ml_factory
     from .serving.pipeline_model import KedroPipelineModel as KedroPipelineModel
-    from .stores.project import MlflowConfig
+    from .stores.project import MlflowConfig as MlflowConfig
 
 _MODULES = {
     "ConfigError": "config.errors",
@@ -53,24 +52,7 @@ _MODULES = {
     "random_name": "config.resolvers",
 }
 
-__all__ = [
-    "ConfigError",
-    "ConfigLoader",
-    "MlflowArtifactDataset",
-    "MlflowConfig",
-    "MlflowHook",
-    "MlflowMetricDataset",
-    "MlflowMetricHistoryDataset",
-    "MlflowMetricsDataset",
-    "MlflowMetricsHistoryDataset",
-    "MlflowModelLocalFileSystemDataset",
-    "MlflowModelRegistryDataset",
-    "MlflowModelTrackingDataset",
-    "MlflowRunsDataset",
-    "MlflowTableDataset",
-    "random_name",
-]
-__all__ += sorted(extras.public_names())
+__all__ = [*_MODULES, *extras.public_names()]
 
 
 def __getattr__(name: str) -> Any:

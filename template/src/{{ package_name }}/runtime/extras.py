@@ -5,16 +5,21 @@ An extra is a folder of the runtime. Nothing of the core imports one: they are n
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import reduce
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import click
+
+from .config.errors import SettingError
+
 
 @dataclass(frozen=True)
 class Extra:
-    """What an extra brings.
+    """The parts of an extra.
 
     Commands of `kedro mlflow` and public names, by their modules; a hook of `HOOKS` in settings.py;
     and values of keys in mlflow.yml that this hook heeds.
@@ -46,12 +51,12 @@ EXTRAS = {
 }
 
 
-class MissingExtraError(ImportError):
-    """What is asked for comes with an extra that this project doesn't have."""
+class MissingExtraError(click.ClickException, ImportError):
+    """A command or a name comes with an extra that this project doesn't have."""
 
 
 def present() -> list[str]:
-    """Name the extras that this project has."""
+    """Return the extras that this project has."""
     # Not its folder: Python may have left its bytecode there.
     runtime = Path(__file__).parent
     return [name for name in EXTRAS if (runtime / name / "__init__.py").is_file()]
@@ -74,10 +79,26 @@ def load(extra: str, module: str, asked_for: str) -> Any:
 
 
 def hint(extra: str, asked_for: str) -> str:
-    """Say how to get an extra."""
-    wanted = ", ".join(sorted([*present(), extra]))
-    command = f"uvx copier update --vcs-ref :current: --data extras='[{wanted}]'"
+    """Return the sentence on how to get an extra."""
+    extras = ", ".join(sorted([*present(), extra]))
+    command = f"uvx copier update --vcs-ref :current: --data extras='[{extras}]'"
     return f"{asked_for} comes with the extra `{extra}`: `{command}`"
+
+
+def check_hooks(config: Any, hooks: Iterable[object]) -> None:
+    """Check that the extras which mlflow.yml asks for are there, with their hooks.
+
+    Raises:
+        SettingError: When one isn't, saying how to get it.
+    """
+    classes = {type(hook).__name__ for hook in hooks}
+    for name, extra in EXTRAS.items():
+        for key, value in extra.values.items():
+            if reduce(getattr, key, config) == value and extra.hook not in classes:
+                if name not in present():
+                    raise SettingError(key, hint(name, value))
+                what = f"{value} needs the hook of an extra: add {extra.hook}() to HOOKS"
+                raise SettingError(key, f"{what} in settings.py")
 
 
 def public_names() -> dict[str, str]:

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from kedro.framework.hooks import hook_impl
 
-from . import binding
+from . import binding, stores
 from .config.errors import ConfigError
-from .stores.project import MlflowConfig, announce, config_of
 from .tracking.ending import end_abandoned
 
 if TYPE_CHECKING:
@@ -23,7 +22,8 @@ if TYPE_CHECKING:
     from kedro.pipeline import Pipeline
     from kedro.pipeline.node import Node
 
-# The catalog of the node whose outputs this thread is about to save, likewise.
+# The catalog of the node whose outputs this thread is about to save: Kedro gives
+# `after_dataset_saved` none.
 _catalog: ContextVar[DataCatalog | None] = ContextVar("kedro_catalog", default=None)
 
 
@@ -41,15 +41,15 @@ class MlflowHook:
         _refuse_kedro_mlflow()
         _offer_config(context)
         binding.use_context(context)
-        if "IPython" in sys.modules and sys.modules["IPython"].get_ipython():
-            config: MlflowConfig = context.mlflow  # type: ignore[attr-defined]
-            announce(config)
-            _end_what_a_cell_leaves(sys.modules["IPython"].get_ipython())
+        if shell := _shell():
+            context.mlflow.announce()  # type: ignore[attr-defined]
+            if _after_cell not in shell.events.callbacks["post_run_cell"]:
+                shell.events.register("post_run_cell", _after_cell)
 
     @hook_impl
     def after_catalog_created(self, catalog: DataCatalog, conf_catalog: dict[str, Any]) -> None:
-        """Tell the Mlflow datasets of a notebook's catalog their names."""
-        if "IPython" in sys.modules and sys.modules["IPython"].get_ipython():
+        """Set the names of the Mlflow datasets of a notebook's catalog."""
+        if _shell():
             binding.name_datasets(catalog, conf_catalog)
 
     @hook_impl(wrapper=True)
@@ -65,13 +65,13 @@ class MlflowHook:
         binding.bind(context, pipeline, catalog, run)
         try:
             return (yield)
-        except BaseException as error:  # Kedro tells no hook of it
+        except BaseException as error:  # Kedro calls no hook for it
             binding.fail(catalog, error)
             raise
 
     @hook_impl(wrapper=True)
     def before_node_run(self, node: Node, catalog: DataCatalog) -> Iterator[None]:
-        """Let the node's own `mlflow.log_metric(…)` land in the run."""
+        """Make the run MLflow's active run, for the node's own `mlflow.log_metric(…)`."""
         run = binding.run_of(catalog)
         if run is None:
             return (yield)
@@ -86,7 +86,7 @@ class MlflowHook:
 
     @hook_impl(wrapper=True)
     def after_node_run(self, node: Node, catalog: DataCatalog) -> Iterator[None]:
-        """Take the run back from the thread."""
+        """Take back what `before_node_run` did."""
         _catalog.set(catalog)
         try:
             return (yield)
@@ -105,7 +105,7 @@ class MlflowHook:
 
     @hook_impl(wrapper=True)
     def on_node_error(self, error: Exception, node: Node, catalog: DataCatalog) -> Iterator[None]:
-        """Say which node failed, and why."""
+        """Log which node failed, and why."""
         try:
             return (yield)
         finally:
@@ -127,7 +127,7 @@ class MlflowHook:
 
     @hook_impl(wrapper=True)
     def on_pipeline_error(self, error: Exception, catalog: DataCatalog) -> Iterator[None]:
-        """End the run as failed; an error that is told in one sentence is shown as that."""
+        """End the run as failed; show an error in one sentence where there is one for it."""
         try:
             result = yield
         finally:
@@ -139,7 +139,7 @@ class MlflowHook:
 
 
 def _refuse_kedro_mlflow() -> None:
-    """Say that the plugin would track the same runs, before it reads an mlflow.yml of ours."""
+    """Raise an error where the plugin would track the same runs, before it reads mlflow.yml."""
     from kedro.framework.project import settings  # its import sets up Kedro's logging
 
     modules = [type(hook).__module__ for hook in settings.HOOKS] + [
@@ -155,19 +155,20 @@ def _refuse_kedro_mlflow() -> None:
 
 
 def _offer_config(context: KedroContext) -> None:
-    """Give a context the attribute `mlflow`: most commands never read it, and stay fast."""
+    """Add the attribute `mlflow` to a context; it is read on first use, so commands stay fast."""
     kind = type(context)
     # A class for this context alone: those of other projects in the process have their own runtime.
-    names = {"__module__": kind.__module__, "mlflow": cached_property(config_of)}
+    mlflow = cached_property(lambda context: stores.project.config_of(context))
+    names = {"__module__": kind.__module__, "mlflow": mlflow}
     context.__class__ = type(kind.__name__, (kind,), names)
 
 
-def _end_what_a_cell_leaves(shell: Any) -> None:
-    """End a run whose cell was interrupted, as soon as that cell has ended."""
-    if _after_cell not in shell.events.callbacks["post_run_cell"]:
-        shell.events.register("post_run_cell", _after_cell)
+def _shell() -> Any:
+    """Return IPython's shell in a notebook; nothing elsewhere."""
+    return "IPython" in sys.modules and sys.modules["IPython"].get_ipython()
 
 
 def _after_cell(result: Any) -> None:  # noqa: ARG001
+    """End a run whose cell was interrupted, as soon as that cell has ended."""
     if "mlflow" in sys.modules:
         end_abandoned()

@@ -1,4 +1,4 @@
-"""What this process holds of its runs, in one object with one lock."""
+"""The state that this process keeps of its runs, in one object with one lock."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ RunKey = tuple[str, str]
 
 @dataclass
 class ProcessState:
-    """What a process holds of the runs that are in progress in it."""
+    """The state that a process keeps of the runs in progress in it."""
 
     lock: RLock = field(default_factory=RLock)
     started: dict[RunKey, Started] = field(default_factory=dict)

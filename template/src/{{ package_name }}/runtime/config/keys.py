@@ -6,6 +6,7 @@ The commented file and the JSON Schema that projects carry are made from these m
 from __future__ import annotations
 
 import json
+import re
 import textwrap
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
@@ -14,195 +15,182 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from pydantic_core import PydanticCustomError
 
 
-def _as_text(value: Any) -> Any:
-    """Take a number for a text: `--params run_name=7` arrives as one."""
-    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
-
-
 def _as_number(value: Any) -> Any:
-    """Take a number that is written as a text for one."""
+    """Return the number for one that is written as a text."""
     return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
 def _as_switch(value: Any) -> Any:
-    """Refuse in one sentence what is neither a switch nor options."""
+    """Raise an error in one sentence for what is neither a switch nor options."""
     if not isinstance(value, bool | dict):
         raise PydanticCustomError("switch", "expected true, false or options")
     return value
 
 
-Text = Annotated[str, BeforeValidator(_as_text)]
+# A number is taken for a text too: `--params run_name=7` arrives as one.
+Text = Annotated[str, Field(strict=False, coerce_numbers_to_str=True)]
 
 
 class _Options(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True
+    )
 
     @model_validator(mode="before")
     @classmethod
     def _empty(cls, value: Any) -> Any:
-        """Take a group whose keys are all commented out for one with the defaults."""
+        """Return no keys for a group whose keys are all commented out: it has the defaults."""
         return {} if value is None else value
 
 
 class RequestHeaderProviderOptions(_Options):
     """A class that adds headers to each request, for tokens that expire."""
 
-    type: str | None = Field(
-        default=None, description="Import path of an MLflow RequestHeaderProvider; null is none."
-    )
-    pass_context: bool = Field(
-        default=False, description="Give it the Kedro context, as the argument kedro_context."
-    )
-    init_kwargs: dict[str, Any] = Field(
-        default_factory=dict, description="Other arguments to make it with."
-    )
+    type: str | None = None
+    """Import path of an MLflow RequestHeaderProvider; null is none."""
+
+    pass_context: bool = False
+    """Give it the Kedro context, as the argument kedro_context."""
+
+    init_kwargs: dict[str, Any] = {}
+    """Other arguments to make it with."""
 
 
 class ServerOptions(_Options):
     """Where runs and models are kept."""
 
-    mlflow_tracking_uri: str | None = Field(
-        default=None,
-        description="Where runs are kept; null is MLFLOW_TRACKING_URI, else sqlite:///mlflow.db "
-        "in this project.",
-    )
-    mlflow_registry_uri: str | None = Field(
-        default=None, description="Where registered models are kept; null is with the runs."
-    )
-    credentials: str | None = Field(
-        default=None,
-        description="Entry of credentials.yml whose keys become environment variables for the run.",
-    )
+    mlflow_tracking_uri: str | None = None
+    """Where runs are kept; null is MLFLOW_TRACKING_URI, else sqlite:///mlflow.db here."""
+
+    mlflow_registry_uri: str | None = None
+    """Where registered models are kept; null is with the runs."""
+
+    credentials: str | None = None
+    """Entry of credentials.yml whose keys become environment variables for the run."""
+
     request_header_provider: RequestHeaderProviderOptions = RequestHeaderProviderOptions()
 
 
 class DisableTrackingOptions(_Options):
     """What is not tracked."""
 
-    pipelines: list[str] = Field(
-        default_factory=list, description="Pipelines that run without being tracked."
-    )
-    disable_autologging: bool = Field(
-        default=True, description="Switch off what mlflow.autolog() has switched on."
-    )
+    pipelines: list[str] = []
+    """Pipelines that run without being tracked."""
+
+    disable_autologging: bool = True
+    """Switch off what mlflow.autolog() has switched on."""
 
 
 class CreateExperimentOptions(_Options):
     """How the experiment is made when it doesn't exist."""
 
-    artifact_location: str | None = Field(
-        default=None,
-        description="Where files go; null is the server's choice, or a folder beside mlflow.db.",
-    )
-    tags: dict[str, Text] | None = Field(default=None, description="Tags of the experiment.")
+    artifact_location: str | None = None
+    """Where files go; null is the server's choice, or a folder beside mlflow.db."""
+
+    tags: dict[str, Text] | None = None
+    """Tags of the experiment."""
 
 
 class ExperimentOptions(_Options):
     """The experiment that runs belong to."""
 
     # The limit is MLflow's (mlflow.utils.validation), as is the form of a run's id below.
-    name: Annotated[Text, Field(max_length=500)] | None = Field(
-        default=None, description="The experiment that runs belong to; null is the package's name."
-    )
+    name: Annotated[Text, Field(max_length=500)] | None = None
+    """The experiment that runs belong to; null is the package's name."""
+
     create_experiment_kwargs: CreateExperimentOptions = CreateExperimentOptions()
-    restore_if_deleted: bool = Field(
-        default=True, description="Bring the experiment back when it has been deleted."
-    )
+
+    restore_if_deleted: bool = True
+    """Bring the experiment back when it has been deleted."""
 
 
 class RunOptions(_Options):
     """The run itself."""
 
-    id: Annotated[Text, Field(max_length=256, pattern="^[a-zA-Z0-9][a-zA-Z0-9_-]*$")] | None = (
-        Field(default=None, description="Continue the run with this id.")
-    )
-    name: Text | None = Field(
-        default=None,
-        description="Name of the run; null is the pipeline's name. ${km.random_name:} makes one "
-        "up.",
-    )
-    nested: bool = Field(
-        default=True, description="Make a Kedro run that a node starts a child of the run it is in."
-    )
+    id: Annotated[Text, Field(max_length=256, pattern="^[a-zA-Z0-9][a-zA-Z0-9_-]*$")] | None = None
+    """Continue the run with this id."""
+
+    name: Text | None = None
+    """Name of the run; null is the pipeline's name. ${km.random_name:} makes one up."""
+
+    nested: bool = True
+    """Make a Kedro run that a node starts a child of the run it is in."""
 
 
 class DictParamsOptions(_Options):
     """How dictionaries among the parameters are logged."""
 
-    flatten: bool = Field(
-        default=False, description="Log each entry of a dictionary as a parameter of its own."
-    )
-    recursive: bool = Field(
-        default=True, description="Also the entries of dictionaries in dictionaries."
-    )
-    sep: str = Field(default=".", description="What stands between the names.")
+    flatten: bool = False
+    """Log each entry of a dictionary as a parameter of its own."""
+
+    recursive: bool = True
+    """Also the entries of dictionaries in dictionaries."""
+
+    sep: str = "."
+    """What stands between the names."""
 
 
 class ParamsOptions(_Options):
     """How parameters are logged."""
 
     dict_params: DictParamsOptions = DictParamsOptions()
-    long_params_strategy: Literal["fail", "truncate", "tag"] = Field(
-        default="fail",
-        description="A value longer than MLflow takes: fail, truncate, or tag (set it as a tag "
-        "instead).",
-    )
-    max_length: Annotated[int, Field(gt=0)] | None = Field(
-        default=None, description="How long a value may be; null is MLflow's own limit."
-    )
+
+    long_params_strategy: Literal["fail", "truncate", "tag"] = "fail"
+    """A value longer than MLflow takes: fail, truncate, or tag (set it as a tag instead)."""
+
+    max_length: Annotated[int, Field(gt=0)] | None = None
+    """How long a value may be; null is MLflow's own limit."""
 
 
 class ArtifactsOptions(_Options):
-    """What becomes an artifact without a word in the catalog."""
+    """Outputs that become artifacts without an entry of their own in the catalog."""
 
-    datasets: list[str] = Field(
-        default_factory=list,
-        description='Outputs of nodes to log as artifacts, by name or pattern: "*_figure".',
-    )
+    datasets: list[str] = []
+    """Outputs of nodes to log as artifacts, by name or pattern: "*_figure"."""
 
 
 class TrackingOptions(_Options):
     """What is tracked, and as what."""
 
     disable_tracking: DisableTrackingOptions = DisableTrackingOptions()
+
     on_unreachable: Literal["fail", "offline"] = Field(
         default="fail",
         description="When the server is away: fail before the first node, or offline (keep each "
         "run in .mlflow-offline, and replay it to the server at its end or later).",
     )
+
     experiment: ExperimentOptions = ExperimentOptions()
     run: RunOptions = RunOptions()
     params: ParamsOptions = ParamsOptions()
     artifacts: ArtifactsOptions = ArtifactsOptions()
-    autolog: dict[str, Annotated[bool | dict[str, Any], BeforeValidator(_as_switch)]] = Field(
-        default_factory=dict,
-        description="Libraries that MLflow logs by itself, with options: {sklearn: {log_models: "
-        "false}}.",
-    )
-    redact: list[str] = Field(
-        default_factory=lambda: [
-            "*password",
-            "*passwd",
-            "*secret",
-            "*token",
-            "*api_key",
-            "*apikey",
-            "*access_key",
-            "*secret_key",
-            "*private_key",
-            "*credentials",
-        ],
-        description="Values with such a name are stored as ***.",
-    )
+
+    autolog: dict[str, Annotated[bool | dict[str, Any], BeforeValidator(_as_switch)]] = {}
+    """Libraries that MLflow logs by itself, with options: {sklearn: {log_models: false}}."""
+
+    redact: list[str] = [
+        "*password",
+        "*passwd",
+        "*secret",
+        "*token",
+        "*api_key",
+        "*apikey",
+        "*access_key",
+        "*secret_key",
+        "*private_key",
+        "*credentials",
+    ]
+    """Values with such a name are stored as ***."""
 
 
 class UiOptions(_Options):
     """Where `kedro mlflow ui` listens."""
 
-    host: str = Field(default="127.0.0.1", description="Where `kedro mlflow ui` listens.")
-    port: Annotated[int, Field(gt=0, lt=65536), BeforeValidator(_as_number)] | None = Field(
-        default=None, description="At which port; null takes a free one."
-    )
+    host: str = "127.0.0.1"
+    """Where `kedro mlflow ui` listens."""
+
+    port: Annotated[int, Field(gt=0, lt=65536), BeforeValidator(_as_number)] | None = None
+    """At which port; null takes a free one."""
 
 
 class MlflowConfig(_Options):
@@ -228,53 +216,36 @@ def commented_yaml(
         schema: Path of the JSON Schema from the file, for editors.
     """
     written = written or {}
-    anchors = [f"{name}: {text}" for name, text in written.items() if name.startswith("_")]
-    groups = (
-        "\n".join(_group(name, field.default, name, written))
-        for name, field in MlflowConfig.model_fields.items()
+    helpers = [f"{name}: {text}" for name, text in written.items() if re.fullmatch(r"_[^.]*", name)]
+    lines = [*helpers, *_lines(MlflowConfig(), written)]
+    return f"# yaml-language-server: $schema={schema}\n{_ABOUT}\n" + "".join(
+        f"{line}\n" if line.startswith(" ") else f"\n{line}\n" for line in lines
     )
-    parts = ["\n".join(anchors), *groups] if anchors else groups
-    return f"# yaml-language-server: $schema={schema}\n{_ABOUT}\n\n" + "\n\n".join(parts) + "\n"
 
 
-def _group(
-    name: str, options: _Options, path: str, written: Mapping[str, str], depth: int = 0
-) -> Iterator[str]:
-    indent = "  " * depth
-    text = written.get(path, "")
-    if text.startswith('"${'):  # a whole group from elsewhere
-        yield f"{indent}{name}: {text}"
-        return
-    yield f"{indent}{name}:"
-    yield from _lines(options, f"{path}.", written, depth + 1)
-
-
-def _lines(
-    options: _Options, path: str, written: Mapping[str, str], depth: int = 1
-) -> Iterator[str]:
-    indent = "  " * depth
+def _lines(options: _Options, written: Mapping[str, str], path: str = "") -> Iterator[str]:
+    """Return the lines of a group, without an indent of its own."""
     for name, field in type(options).model_fields.items():
-        value = getattr(options, name)
+        value, text = getattr(options, name), written.get(path + name, "")
         if isinstance(value, _Options):
-            yield from _group(name, value, path + name, written, depth)
+            if text.startswith('"${'):  # a whole group from elsewhere
+                yield f"{name}: {text}"
+            else:
+                yield f"{name}:"
+                yield from (f"  {line}" for line in _lines(value, written, f"{path}{name}."))
             continue
-        yield from textwrap.wrap(
-            field.description or "",
-            98,
-            initial_indent=f"{indent}# ",
-            subsequent_indent=f"{indent}# ",
-            break_on_hyphens=False,
-        )
-        text = written.get(path + name) or json.dumps(value)
-        if text == json.dumps(value) and value and isinstance(value, list):
-            yield f"{indent}{name}:"
-            yield from (f"{indent}  - {json.dumps(item)}" for item in value)
+        about = textwrap.wrap(field.description or "", 90, break_on_hyphens=False)
+        yield from (f"# {line}" for line in about)
+        default = json.dumps(value)
+        if value and isinstance(value, list) and text in ("", default):
+            yield f"{name}:"
+            yield from (f"  - {json.dumps(item)}" for item in value)
         else:
-            yield f"{indent}{name}: {text}"
+            yield f"{name}: {text or default}"
 
 
 def json_schema() -> dict[str, Any]:
-    """Describe `mlflow.yml` for editors; each value may also be an interpolation, `${…}`."""
+    """Return the JSON Schema of `mlflow.yml`; each value may also be an interpolation, `${…}`."""
     schema = MlflowConfig.model_json_schema()
     for group in (schema, *schema["$defs"].values()):
         for name, field in group["properties"].items():

@@ -1,73 +1,22 @@
-"""Read `mlflow.yml` of a context: through Kedro's config loader, checked, with whole URIs."""
+"""Read the files of a project's configuration through Kedro, and find where a key stands in them.
+
+What is in `mlflow.yml` is checked in `config.checking`.
+"""
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Iterable, Iterator
-from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from kedro.config import MissingConfigException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from .errors import ConfigError
-from .keys import MlflowConfig
-from .uris import (
-    anchor_uri,
-    artifact_folder,
-    has_store,
-    shown_uri,
-    takes_file_store,
-    uri_of_environment,
-)
 
 if TYPE_CHECKING:
     from kedro.framework.context import KedroContext
-
-_Model = TypeVar("_Model", bound=BaseModel)
-
-_EXPECTED = {
-    "bool_type": "expected true or false",
-    "string_type": "expected a text",
-    "int_type": "expected a whole number",
-    "list_type": "expected a list",
-    "dict_type": "expected keys with values",
-    "model_type": "expected keys with values",
-}
-
-
-def load_config(context: KedroContext) -> MlflowConfig:
-    """Read `mlflow.yml` of the context's environment, with every URI and name made complete.
-
-    Without the file the defaults hold: the embedded store `mlflow.db` in the project's folder,
-    and the package's name as the experiment's.
-
-    Raises:
-        ConfigError: With one line for each mistake, when the file has any.
-    """
-    sources = _Sources(context)
-    config = sources.check(sources.read())
-    assert config, "a mistake would have been raised"
-    project, experiment = context.project_path, config.tracking.experiment
-    given = config.server.mlflow_tracking_uri or uri_of_environment() or "sqlite:///mlflow.db"
-    tracking_uri = anchor_uri(given, project)
-    registry_uri = anchor_uri(config.server.mlflow_registry_uri or tracking_uri, project)
-    sources.check_uri("mlflow_tracking_uri", tracking_uri, "mlflow.tracking_store")
-    sources.check_uri("mlflow_registry_uri", registry_uri, "mlflow.model_registry_store")
-    server = _changed(
-        config.server, mlflow_tracking_uri=tracking_uri, mlflow_registry_uri=registry_uri
-    )
-    made = experiment.create_experiment_kwargs
-    location = made.artifact_location or artifact_folder(tracking_uri)
-    made = _changed(made, artifact_location=location and anchor_uri(location, project))
-    experiment = _changed(
-        experiment, name=experiment.name or package_name(), create_experiment_kwargs=made
-    )
-    return _changed(
-        config, server=server, tracking=_changed(config.tracking, experiment=experiment)
-    )
 
 
 def read_credentials(context: KedroContext) -> dict[str, str]:
@@ -80,22 +29,19 @@ def read_credentials(context: KedroContext) -> dict[str, str]:
     if name is None:
         return {}
     entries = all_credentials(context)
-    where = f"{_Sources(context).where(('server', 'credentials'))}: server.credentials"
     if name not in entries:
         known = ", ".join(sorted(map(str, entries))) or "none"
-        raise ConfigError(f"{where}: credentials.yml has no entry {name!r}; its entries: {known}")
+        what = f"credentials.yml has no entry {name!r}; its entries: {known}"
+        raise mistake(context, ("server", "credentials"), what)
     entry = entries[name]
     if not isinstance(entry, dict) or any(isinstance(v, dict | list) for v in entry.values()):
-        raise ConfigError(
-            f"{where}: the entry {name!r} has to be environment variables, NAME: value"
-        )
+        what = f"the entry {name!r} has to be environment variables, NAME: value"
+        raise mistake(context, ("server", "credentials"), what)
     return {str(key): _plain(value) for key, value in entry.items() if value is not None}
 
 
 def all_credentials(context: KedroContext) -> dict[str, Any]:
     """Return every entry of credentials.yml; nothing where there is no such file."""
-    from kedro.config import MissingConfigException
-
     try:
         return dict(context.config_loader["credentials"])
     except MissingConfigException:
@@ -108,11 +54,7 @@ def _plain(value: Any) -> str:
 
 def mistake(context: KedroContext, key: tuple[str, ...], what: str) -> ConfigError:
     """Return the error for a key whose value only turned out to be wrong when it was used."""
-    return ConfigError(f"{_Sources(context).where(key)}: {_key(key)}: {what}")
-
-
-def _changed(options: _Model, **update: Any) -> _Model:
-    return options.model_copy(update=update)
+    return Sources(context).mistake(key, what)
 
 
 def package_name() -> str:
@@ -120,154 +62,95 @@ def package_name() -> str:
     return __name__.partition(".")[0]
 
 
-def configured_package() -> str | None:
-    """Return the package of the project that Kedro is configured for, if it is for any."""
-    from kedro.framework import project
-
-    return cast("str | None", project.PACKAGE_NAME)
-
-
-class _Sources:
-    """The files that a configuration comes from: where to read it, and where a mistake stands."""
+class Sources:
+    """The files that a project's `mlflow.yml` consists of."""
 
     def __init__(self, context: KedroContext) -> None:
         self._loader: Any = context.config_loader
         self._project = context.project_path
 
     def read(self) -> Any:
-        """Merge and resolve the files as Kedro does; nothing where there are none."""
-        from kedro.config import MissingConfigException
-        from omegaconf import OmegaConf
-        from omegaconf.errors import OmegaConfBaseException
+        """Merge and resolve the files as Kedro does; nothing where there are none.
 
+        Raises:
+            ConfigError: When a file is no YAML, or an interpolation can't be resolved.
+            TypeError: When two files can't be merged, because one has the wrong type for a key.
+        """
         if "mlflow" not in self._loader.config_patterns:
             raise ConfigError(
                 "settings.py: CONFIG_LOADER_ARGS: config_patterns has no entry for mlflow.yml, "
                 'expected "mlflow": ["mlflow*.y*ml", "**/mlflow*.y*ml"].'
             )
-        for file in self._files():
+        for file in self.files():
             self._check_syntax(file)
         try:
             return self._loader["mlflow"]
         except MissingConfigException:
             return {}
         except OmegaConfBaseException as error:
-            raise self._interpolation(error) from error
+            raise self._interpolation_mistake(error) from error
         except ValueError as error:  # the same key in two files of an environment
             raise ConfigError(f"{self.where(())}: {error}") from error
-        except TypeError as error:  # files that can't be merged: one has the wrong type for a key
-            for file in self._files():
-                self.check(OmegaConf.to_container(OmegaConf.load(file)), unresolved=True)
-            raise ConfigError(f"{self.where(())}: {error}") from error
 
-    def _interpolation(self, error: Any) -> ConfigError:
-        key = tuple(str(error.full_key or "").split("."))
-        return ConfigError(f"{self.where(key)}: {_key(key)}: {str(error).splitlines()[0]}")
-
-    def check(self, written: Any, *, unresolved: bool = False) -> MlflowConfig | None:
-        """Make the configuration, or tell every mistake with file, line, key and value.
-
-        With `unresolved`, a value that is an interpolation is taken for right.
-        """
-        try:
-            return MlflowConfig.model_validate(written)
-        except ValidationError as error:
-            found = [
-                (*self._place(problem["loc"]), f"{_key(problem['loc'])}: {_mistake(problem)}")
-                for problem in error.errors()
-                if not (unresolved and "${" in str(problem["input"]))
-            ]
-            # In the order in which a reader of the files meets them.
-            lines = [f"{file}:{line}: {what}" for file, line, what in sorted(found)]
-            if lines:
-                raise ConfigError("\n".join(lines)) from error
-            return None
-
-    def check_uri(self, key: str, uri: str, plugins: str) -> None:
-        """Raise an error for a URI that MLflow, and a group of its plugins, have no store for."""
-        where = f"{self.where(('server', key))}: server.{key}"
-        if not has_store(uri, plugins):
-            raise ConfigError(
-                f"{where}: expected a path, a database or an address with http:// or https://, "
-                f"got {shown_uri(uri)!r}"
-            )
-        if uri.startswith("file:") and not takes_file_store():
-            raise ConfigError(
-                f"{where}: MLflow no longer keeps runs in a folder, got {uri!r}. Write "
-                "sqlite:///mlflow.db, or set the environment variable MLFLOW_ALLOW_FILE_STORE=true."
-            )
-
-    def where(self, key: tuple[int | str, ...]) -> str:
-        """Return the file and line that give a key its value; the environment's file goes first."""
-        file, line = self._place(key)
-        return f"{file}:{line}"
-
-    def _place(self, key: tuple[int | str, ...]) -> tuple[str, int]:
-        files = self._files()
-        for file in files:
-            if line := _line(yaml.compose(file.read_text("utf-8")), key):
-                return self._shown(file), line
-        return (self._shown(files[0]) if files else "mlflow.yml"), 1
-
-    def _files(self) -> list[Path]:
+    def files(self) -> list[Path]:
+        """Return the files, those of the run's environment first."""
         loader = self._loader
         folders = [
             Path(loader.conf_source, env)
             for env in (loader.env or loader.default_run_env, loader.base_env)
         ]
-        found = {
-            file: None
+        files = [
+            file
             for folder in folders
             for pattern in loader.config_patterns["mlflow"]
             for file in sorted(folder.glob(pattern))
             if file.suffix in (".yml", ".yaml")
-        }
-        return list(found)
+        ]
+        return list(dict.fromkeys(files))
+
+    def place(self, key: tuple[int | str, ...]) -> tuple[str, int]:
+        """Return the file and the line that give a key its value."""
+        files = self.files()
+        for file in files:
+            if line := _line(yaml.compose(file.read_text("utf-8")), key):
+                return self._relative(file), line
+        return (self._relative(files[0]) if files else "mlflow.yml"), 1
+
+    def where(self, key: tuple[int | str, ...]) -> str:
+        """Return the file and the line that give a key its value, as a text."""
+        return "{}:{}".format(*self.place(key))
+
+    def mistake(self, key: tuple[int | str, ...], what: str) -> ConfigError:
+        """Return the error for a key, with its file and line."""
+        return ConfigError(f"{self.where(key)}: {dotted(key)}: {what}")
+
+    def _interpolation_mistake(self, error: Any) -> ConfigError:
+        key = tuple(str(error.full_key or "").split("."))
+        return self.mistake(key, str(error).splitlines()[0])
 
     def _check_syntax(self, file: Path) -> None:
-        from omegaconf import OmegaConf
-        from omegaconf.errors import OmegaConfBaseException
-
         try:
             top = yaml.compose(file.read_text("utf-8"))
             if top is None or isinstance(top, yaml.MappingNode):
                 for key in OmegaConf.load(file):  # refuses a key that stands there twice
                     if not isinstance(key, str):
-                        raise ConfigError(f"{self._shown(file)}: {key!r}: expected a name")
+                        raise ConfigError(f"{self._relative(file)}: {key!r}: expected a name")
         except OmegaConfBaseException as error:
-            raise self._interpolation(error) from error
+            raise self._interpolation_mistake(error) from error
         except yaml.MarkedYAMLError as error:
             line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
-            raise ConfigError(f"{self._shown(file)}{line}: {error.problem}") from error
+            raise ConfigError(f"{self._relative(file)}{line}: {error.problem}") from error
         except (yaml.YAMLError, ValueError) as error:
             reason = str(error).splitlines()[0]
-            raise ConfigError(f"{self._shown(file)}: {reason}") from error
+            raise ConfigError(f"{self._relative(file)}: {reason}") from error
         if not (top is None or isinstance(top, yaml.MappingNode)):
-            raise ConfigError(f"{self._shown(file)}:1: expected keys with values")
+            raise ConfigError(f"{self._relative(file)}:1: expected keys with values")
 
-    def _shown(self, file: Path) -> str:
+    def _relative(self, file: Path) -> str:
+        """Return the path of a file from the project's folder, if it is in it."""
         if file.is_relative_to(self._project):
             file = file.relative_to(self._project)
         return file.as_posix()
-
-
-def written_values(files: Iterable[Path]) -> dict[str, str]:
-    """Collect what files say of each key, as it stands there; the first file goes first."""
-    values: dict[str, str] = {}
-    for file in files:
-        top = yaml.compose(file.read_text("utf-8")) if file.exists() else None
-        entries = top.value if isinstance(top, yaml.MappingNode) else []
-        # Other values may refer to a name with an underscore, which is no key of ours.
-        helpers = [name.value for name, _ in entries if name.value.startswith("_")]
-        for key in [*_keys(MlflowConfig), *helpers]:
-            node: yaml.Node | None = top
-            for name in key.split("."):
-                entries = node.value if isinstance(node, yaml.MappingNode) else []
-                node = next((value for known, value in entries if known.value == name), None)
-            if node is not None:
-                value = yaml.safe_load(yaml.serialize(node))
-                values.setdefault(key, json.dumps(value, ensure_ascii=False))
-    return values
 
 
 def _line(node: yaml.Node | None, key: tuple[int | str, ...]) -> int | None:
@@ -288,37 +171,7 @@ def _line(node: yaml.Node | None, key: tuple[int | str, ...]) -> int | None:
     return line
 
 
-def _key(key: tuple[int | str, ...]) -> str:
+def dotted(key: tuple[int | str, ...]) -> str:
+    """Return a key as it is written in sentences: `tracking.run.name`."""
     text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in key)
     return text.removeprefix(".")
-
-
-def _mistake(problem: Any) -> str:
-    kind, shown = problem["type"], repr(problem["input"])
-    if kind == "extra_forbidden":
-        return f"unknown key, {_nearest(problem['loc'])}"
-    expected = _EXPECTED.get(kind) or re.sub(
-        r"^(Input should be|String should have|String should)", "expected", problem["msg"]
-    )
-    return f"{expected}, got {shown if len(shown) <= 60 else shown[:59] + '…'}"
-
-
-def _nearest(key: tuple[int | str, ...]) -> str:
-    """Return which key was meant, or which there are."""
-    *path, wrong = map(str, key)
-    group: type[BaseModel] = MlflowConfig
-    for name in path:
-        group = type(group.model_fields[name].default)
-    if close := get_close_matches(wrong, group.model_fields, n=1):
-        return f"did you mean {close[0]!r}?"
-    elsewhere = [known for known in _keys(MlflowConfig) if known.rpartition(".")[2] == wrong]
-    if elsewhere:
-        return f"did you mean {elsewhere[0]!r}?"
-    return f"expected one of {', '.join(group.model_fields)}"
-
-
-def _keys(group: type[BaseModel], path: str = "") -> Iterator[str]:
-    for name, field in group.model_fields.items():
-        yield f"{path}{name}"
-        if isinstance(field.default, BaseModel):
-            yield from _keys(type(field.default), f"{path}{name}.")

@@ -1,4 +1,4 @@
-"""What `mlflow.yml` can call as `${km.…:}`."""
+"""Resolvers for `mlflow.yml`: `${km.…:}`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _NOUNS = (
 
 
 def random_name() -> str:
-    """Make a run name as MLflow does, of an adjective, a noun and a number: `wise-owl-7`.
+    """Return a run name as MLflow makes one, of an adjective, a noun and a number: `wise-owl-7`.
 
     For `custom_resolvers` in settings.py, under the name `km.random_name`.
     """

@@ -20,7 +20,7 @@ def uri_of_environment() -> str | None:
 
 
 def anchor_uri(uri: str, project_path: PurePath) -> str:
-    """Make a relative path or `sqlite:///` URI start at the project's folder.
+    """Return a URI with a relative path, or `sqlite:///` path, from the project's folder.
 
     Other URIs, and the words `databricks` and `databricks-uc`, stay as they are.
     """

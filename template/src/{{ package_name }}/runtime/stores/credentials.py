@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+from kedro.utils import load_obj
 
 from .. import _mlflow, state
 
@@ -36,12 +40,23 @@ def exported(key: str) -> dict[str, str | None]:
 
 
 def take_back(key: str) -> None:
-    """Put back what the variables of a run were, unless another run still wants them."""
+    """Restore the variables of a run, unless another run still needs them."""
     held = state.current()
     with held.lock:
         for name in held.exported.pop(key, {}):
-            wanted = [others[name] for others in held.exported.values() if name in others]
-            _set(name, wanted[-1] if wanted else held.before_export.pop(name))
+            of_others = [other[name] for other in held.exported.values() if name in other]
+            _set(name, of_others[-1] if of_others else held.before_export.pop(name))
+
+
+@contextmanager
+def exporting(variables: Mapping[str, str | None]) -> Iterator[None]:
+    """Set environment variables for a `with` block."""
+    key = uuid4().hex
+    export(key, variables)
+    try:
+        yield
+    finally:
+        take_back(key)
 
 
 def original(name: str) -> str | None:
@@ -66,7 +81,7 @@ def header_provider_names() -> list[str]:
 def register_header_provider(
     options: RequestHeaderProviderOptions, context: KedroContext | None
 ) -> RequestHeaderProvider | None:
-    """Let MLflow ask the provider of `mlflow.yml` for headers, registered once in a process.
+    """Register the header provider of `mlflow.yml` with MLflow, once in a process.
 
     Returns:
         The provider, or None where `mlflow.yml` names none.
@@ -77,7 +92,6 @@ def register_header_provider(
     """
     if options.type is None:
         return None
-    from kedro.utils import load_obj
     from mlflow.tracking.request_header.abstract_request_header_provider import (
         RequestHeaderProvider,
     )
@@ -90,9 +104,7 @@ def register_header_provider(
                 raise TypeError(
                     f"{options.type} is not a subclass of MLflow's RequestHeaderProvider"
                 )
-            arguments: dict[str, Any] = dict(options.init_kwargs)
-            if options.pass_context:
-                arguments["kedro_context"] = context
-            provider = held.header_providers[key] = kind(**arguments)
+            arguments: dict[str, Any] = {"kedro_context": context} if options.pass_context else {}
+            provider = held.header_providers[key] = kind(**{**options.init_kwargs, **arguments})
             _mlflow.register_header_provider(provider)
     return held.header_providers[key]

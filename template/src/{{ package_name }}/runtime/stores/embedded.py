@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# A database that doesn't answer is given up after so many seconds.
+# How many seconds a database has to answer.
 CONNECT_TIMEOUT = 9
 
 # Databases whose drivers take this argument.
@@ -34,7 +34,7 @@ _MAKING_TABLES = 0x6D6C666C6F77
 
 
 def prepare(uri: str, location: str | None) -> None:
-    """Make the store in a database that has none yet; any other URI needs nothing.
+    """Create the store in a database that has none yet; do nothing for any other URI.
 
     Args:
         uri: Where runs are kept.
@@ -48,10 +48,10 @@ def prepare(uri: str, location: str | None) -> None:
 
 
 def _make_sqlite(uri: str, file: Path, location: str | None) -> None:
-    """Make an embedded store, whole before anybody can see it.
+    """Create an embedded store, complete before another process can see it.
 
-    MLflow makes one on first use too, but where two processes start at once each meets the
-    other's half-made tables.
+    MLflow makes one on first use too, but two processes that start at once would get in each
+    other's way.
     """
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
@@ -81,7 +81,7 @@ def _make_sqlite(uri: str, file: Path, location: str | None) -> None:
 def _prepare_database(uri: str, location: str | None) -> None:
     """Connect to a database once, and make the tables in one that is empty.
 
-    MLflow tries ten times, for more than a minute, at one that refuses the password.
+    MLflow would try ten times, for more than a minute, where the password is refused.
     """
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
     from sqlalchemy import create_engine, inspect, text
@@ -102,19 +102,19 @@ def _prepare_database(uri: str, location: str | None) -> None:
 
 @contextmanager
 def _quiet(name: str) -> Iterator[None]:
-    """Hide what a logger tells below a warning, such as a line for each of forty migrations."""
+    """Hide messages of a logger below a warning, such as a line for each of forty migrations."""
     noisy = logging.getLogger(name)
-    before = noisy.level
+    level = noisy.level
     noisy.setLevel(logging.WARNING)
     try:
         yield
     finally:
-        noisy.setLevel(before)
+        noisy.setLevel(level)
 
 
 @lru_cache
 def part_when_forked() -> None:
-    """Let a forked worker open connections of its own, instead of talking on its parent's.
+    """Make a forked worker open connections of its own, instead of using its parent's.
 
     Two processes on one connection take each other's answers, or wait for ever.
     """

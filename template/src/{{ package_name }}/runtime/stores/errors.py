@@ -1,4 +1,4 @@
-"""What goes wrong between a run and where it is kept: one sentence for each error, in one table.
+"""Errors of servers, databases and storages: one table with a sentence for each.
 
 The clients of servers, databases and storages raise errors of many kinds, which are read here and
 nowhere else. What isn't in the table stays as it was raised.
@@ -41,7 +41,7 @@ ENTRY = "the entry of credentials.yml that server.credentials names"
 
 # Recurring parts of sentences.
 ANSWERED = "{where} answered {status} ({meaning})"
-UNTRUSTED = "the certificate of {where} isn't trusted ({said}): "
+UNTRUSTED = "the certificate of {where} isn't trusted ({message}): "
 AROUND = "add {host} to NO_PROXY to go without it"
 UNCONNECTED = f"{{proxy}} gives no connection to {{where}} ({{reason}}): {AROUND}, or correct it"
 ITS_LOG = (
@@ -51,7 +51,7 @@ ITS_LOG = (
 
 
 class _Row(NamedTuple):
-    """A kind of failure, the key of mlflow.yml that it is about, and what is told.
+    """A kind of failure, the key of mlflow.yml that it is about, and its sentence.
 
     A `{name}` in the sentence is an attribute of `_Failure`.
     """
@@ -89,15 +89,16 @@ def _table() -> Sequence[_Row]:
         _Row(SERVER, lambda f: "CA certificate bundle" in f.text, CREDENTIALS,
              f"there is no file where {CERTIFICATE} says: name the file of the server's CA, in "
              f"{ENTRY}"),
-        _Row(SERVER, lambda f: f.untrusted and f.is_given(CERTIFICATE), CREDENTIALS,
+        _Row(SERVER, lambda f: f.certificate_error and f.is_given(CERTIFICATE), CREDENTIALS,
              f"{UNTRUSTED}name the file of the CA that has signed it in {CERTIFICATE}, in {ENTRY}"),
-        _Row(SERVER, lambda f: f.untrusted, CREDENTIALS,
+        _Row(SERVER, lambda f: f.certificate_error, CREDENTIALS,
              f"{UNTRUSTED}add {CERTIFICATE} with the file of the CA that has signed it to {ENTRY}"),
-        _Row(SERVER, lambda f: f.tls and f.tls.reason in _NO_TLS, ADDRESS,
+        _Row(SERVER, lambda f: f.tls_error and f.tls_error.reason in _NO_TLS, ADDRESS,
              "{where} doesn't speak TLS: expected an address with http://"),
-        _Row(SERVER, lambda f: f.tls and f.says("X509|PEM"), CREDENTIALS,
+        _Row(SERVER, lambda f: f.tls_error and f.matches("X509|PEM"), CREDENTIALS,
              f"the file that {CERTIFICATE} names has no certificates (PEM): correct it in {ENTRY}"),
-        _Row(SERVER, lambda f: f.tls, ADDRESS, "{where} can't be reached over TLS: {said}"),
+        _Row(SERVER, lambda f: f.tls_error, ADDRESS,
+             "{where} can't be reached over TLS: {message}"),
         # No answer.
         _Row(SERVER, lambda f: f.variable and f.is_unanswered, ADDRESS, UNCONNECTED),
         _Row(SERVER, _by(ConnectionRefusedError), ADDRESS,
@@ -130,7 +131,7 @@ def _table() -> Sequence[_Row]:
              "to an entry of credentials.yml, and name the entry in server.credentials"),
         # Any other answer; of MLflow's own only those that say that the server can't.
         _Row(SERVER, lambda f: f.code in ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE"), ADDRESS,
-             "{where} answered: {said} (see the server's log)"),
+             "{where} answered: {message} (see the server's log)"),
         _Row(SERVER, lambda f: f.status == 404 and not f.code, ADDRESS,
              f"{ANSWERED}: expected the address of an MLflow server of version 3 or newer, with "
              "the path that it is served under, if any"),
@@ -141,19 +142,19 @@ def _table() -> Sequence[_Row]:
 
         _Row(DATABASE, _by(ModuleNotFoundError), ADDRESS,
              "{where} needs a package that isn't installed: uv add '{package}'"),
-        _Row(DATABASE, _by(ArgumentError), ADDRESS, "{where} can't be read: {said}"),
-        # Its text alone tells why there is no connection.
-        _Row(DATABASE, lambda f: f.refused and f.says(_REFUSED_LOGIN), CREDENTIALS,
-             "{where} refuses the login ({said}): correct the user in the address, and PGPASSWORD "
-             f"in {ENTRY}"),
-        _Row(DATABASE, lambda f: f.refused and f.says(r"database .* does not exist"), ADDRESS,
-             "{where} isn't there ({said}): create the database, or correct its name in the "
+        _Row(DATABASE, _by(ArgumentError), ADDRESS, "{where} can't be read: {message}"),
+        # Only its text tells why there is no connection.
+        _Row(DATABASE, lambda f: f.database_error and f.matches(_REFUSED_LOGIN), CREDENTIALS,
+             "{where} refuses the login ({message}): correct the user in the address, and "
+             f"PGPASSWORD in {ENTRY}"),
+        _Row(DATABASE, lambda f: f.database_error and f.matches(_NO_DATABASE), ADDRESS,
+             "{where} isn't there ({message}): create the database, or correct its name in the "
              "address"),
-        _Row(DATABASE, lambda f: f.refused and f.where.startswith("sqlite"), ADDRESS,
-             "{where} can't be used ({said}): see to the file and its folder, or name another"),
-        _Row(DATABASE, lambda f: f.refused, ADDRESS,
-             "{where} can't be used ({said}): start the database, or correct the address"),
-        _Row(DATABASE, _by(MlflowException), ADDRESS, "{where}: {said}"),
+        _Row(DATABASE, lambda f: f.database_error and f.where.startswith("sqlite"), ADDRESS,
+             "{where} can't be used ({message}): see to the file and its folder, or name another"),
+        _Row(DATABASE, lambda f: f.database_error, ADDRESS,
+             "{where} can't be used ({message}): start the database, or correct the address"),
+        _Row(DATABASE, _by(MlflowException), ADDRESS, "{where}: {message}"),
 
         _Row(SERVED, lambda f: f.is_of_artifacts and f.is_login, CREDENTIALS,
              f"the server answered {{status}}. See to the permissions, and to {ENTRY}."),
@@ -164,19 +165,21 @@ def _table() -> Sequence[_Row]:
 
         _Row(STORAGE, lambda f: f.lacks_client, LOCATION,
              "a package isn't installed: uv add {storage[0]}"),
-        _Row(STORAGE, lambda f: f.of_client and f.says(_NO_BUCKET), LOCATION,
-             "there is no bucket {bucket!r} ({said}). Create it or correct MLFLOW_S3_ENDPOINT_URL "
-             f"in {ENTRY}; an experiment keeps its place, so for another bucket name a new one in "
-             "tracking.experiment, with its create_experiment_kwargs.artifact_location."),
-        _Row(STORAGE, lambda f: f.of_client, CREDENTIALS,
-             f"{{said}}. Correct {{storage[1]}} in {ENTRY}."),
+        _Row(STORAGE, lambda f: f.storage_error and f.matches(_NO_BUCKET), LOCATION,
+             "there is no bucket {bucket!r} ({message}). Create it or correct "
+             f"MLFLOW_S3_ENDPOINT_URL in {ENTRY}; an experiment keeps its place, so for another "
+             "bucket name a new one in tracking.experiment, with its "
+             "create_experiment_kwargs.artifact_location."),
+        _Row(STORAGE, lambda f: f.storage_error, CREDENTIALS,
+             f"{{message}}. Correct {{storage[1]}} in {ENTRY}."),
     )
     # fmt: on
 
 
-# What is told by text alone.
+# What only a text tells.
 _NO_TLS = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE")
 _REFUSED_LOGIN = r"password|authentication|role .* does not exist|pg_hba"
+_NO_DATABASE = r"database .* does not exist"
 _NO_BUCKET = r"NoSuchBucket|ContainerNotFound|bucket does not exist"
 _STATUS = re.compile(r"(?:too many|failed with error code|Tunnel connection failed:) (\d{3})\b")
 
@@ -189,7 +192,7 @@ _STORAGES = {
     "abfss": ("azure-storage-file-datalake", "AZURE_STORAGE_CONNECTION_STRING"),
 }
 
-# The packages whose errors tell of a storage, and all whose errors tell of what they have asked.
+# The packages whose errors are about a storage, and all whose errors are about what they asked.
 _STORAGE_CLIENTS = {"boto3", "botocore", "google", "azure"}
 _CLIENTS = {"mlflow", "requests", "urllib3", "sqlalchemy", *_STORAGE_CLIENTS}
 
@@ -206,7 +209,7 @@ def _by(*kinds: type[BaseException]) -> Callable[[_Failure], object]:
 
 
 class _Failure:
-    """What is known of an error, for the predicates and the sentences of the table."""
+    """The facts of an error, for the predicates and the sentences of the table."""
 
     def __init__(
         self, store: str, error: BaseException, uri: str, where: str, given: Mapping[str, str]
@@ -217,9 +220,10 @@ class _Failure:
 
         self.store, self.where, self._causes, self._given = store, where, causes_of(error), given
         self.text = "\n".join(map(str, self._causes))
-        self.said, self.reason = _said(self._causes), reason_of(error)
-        self.tls, self.untrusted = self.first(SSLError), self.first(SSLCertVerificationError)
-        self.refused = self.first(DBAPIError)
+        self.message, self.reason = _message_of(self._causes), reason_of(error)
+        self.tls_error = self.first(SSLError)
+        self.certificate_error = self.first(SSLCertVerificationError)
+        self.database_error = self.first(DBAPIError)
         # An answer, its headers, and the code in it when it is MLflow's own.
         self.status = _status(self._causes)
         self.meaning = {401: "not authenticated", 404: "not found"}.get(self.status, "not allowed")
@@ -242,21 +246,21 @@ class _Failure:
         self.module = str(missing.name) if missing else ""
         self.package = _DRIVERS.get(self.module, self.module)
         self.lacks_client = self.module.partition(".")[0] in _STORAGE_CLIENTS
-        self.of_client = _of_client(self._causes)
+        self.storage_error = _storage_error(self._causes)
         self.storage = _STORAGES.get(parts.scheme)
 
     def first(self, *kinds: type[BaseException]) -> Any:
         return _first(self._causes, *kinds)
 
-    def says(self, pattern: str) -> object:
-        return re.search(pattern, self.said)
+    def matches(self, pattern: str) -> object:
+        return re.search(pattern, self.message)
 
     def is_given(self, *names: str) -> bool:
         return all(self._given.get(name) or os.environ.get(name) for name in names)
 
     @property
     def is_of_proxy(self) -> bool:
-        """Whether a proxy has answered by itself, instead of passing on what MLflow answers."""
+        """Check whether a proxy has answered by itself, instead of passing on MLflow's answer."""
         if self.status not in (403, 502, 503, 504) or self.code or not self.headers:
             return False
         is_between = self.variable or any(name in self.headers for name in _PROXY_HEADERS)
@@ -336,11 +340,13 @@ def artifact_sentence(error: BaseException, place: str, server: Server) -> str |
 
 def artifact_error_in(error: BaseException) -> ArtifactError | None:
     """Return the sentence on artifacts that an error of Kedro is about, if there is one."""
-    if found := _first(causes_of(error), ArtifactError):
-        return ArtifactError(found.message)
+    if cause := _first(causes_of(error), ArtifactError):
+        return ArtifactError(cause.message)
     # Kedro puts the dataset's name before it; on its way from a worker it has lost its cause.
-    found = isinstance(error, DatasetError) and re.search(f"{_NOT_STORED}.*", str(error), re.DOTALL)
-    return ArtifactError(found[0]) if found else None
+    if isinstance(error, DatasetError):
+        sentence = re.search(f"{_NOT_STORED}.*", str(error), re.DOTALL)
+        return ArtifactError(sentence[0]) if sentence else None
+    return None
 
 
 def is_away(error: BaseException) -> bool:
@@ -376,20 +382,20 @@ def reason_of(error: BaseException) -> str:
     from requests.exceptions import ConnectionError as NoConnection
 
     causes = causes_of(error)
-    status, said = _status(causes), _said(causes)
+    status, message = _status(causes), _message_of(causes)
     if status and not _first(causes, RestException):
         return f"it answered {status}"
     reasons: dict[type[BaseException], str] = {
-        RestException: said,
+        RestException: message,
         ConnectionRefusedError: "connection refused",
         gaierror: "its name isn't known",
-        SSLError: f"no connection over TLS: {said}",
+        SSLError: f"no connection over TLS: {message}",
         TimeoutError: "no answer in time",
         Timeout: "no answer in time",
         NoConnection: "the connection was closed",
         ChunkedEncodingError: "the connection was closed",
     }
-    return next((text for kind, text in reasons.items() if _first(causes, kind)), said)
+    return next((text for kind, text in reasons.items() if _first(causes, kind)), message)
 
 
 def causes_of(error: BaseException) -> list[BaseException]:
@@ -410,7 +416,7 @@ def _is_of(error: BaseException, packages: set[str]) -> bool:
     return type(error).__module__.partition(".")[0] in packages
 
 
-def _of_client(causes: Sequence[BaseException]) -> BaseException | None:
+def _storage_error(causes: Sequence[BaseException]) -> BaseException | None:
     """Return the innermost error that the client of a storage has raised."""
     return next((c for c in reversed(causes) if _is_of(c, _STORAGE_CLIENTS)), None)
 
@@ -429,31 +435,31 @@ def _status(causes: Sequence[BaseException]) -> int:
         if isinstance(cause, RestException) and "error_code" in cause.json:
             return int(cause.get_http_status_code())
         if isinstance(cause, (MlflowException, RequestException)) and (
-            found := _STATUS.search(str(cause))
+            status := _STATUS.search(str(cause))
         ):
-            return int(found[1])
+            return int(status[1])
     return 0
 
 
-def _said(causes: Sequence[BaseException]) -> str:
-    """Return what a server, database or storage itself says, in short."""
+def _message_of(causes: Sequence[BaseException]) -> str:
+    """Return the message of the server, database or storage itself, in short."""
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import ArgumentError, DBAPIError
 
-    if refused := _first(causes, DBAPIError):
-        # The last line says why; before it stands the address, which is told already.
-        lines = [line.strip() for line in str(refused.orig).splitlines() if line.strip()]
-        fatal = [line for line in lines if "FATAL:" in line] or lines or [str(refused.orig)]
+    if refusal := _first(causes, DBAPIError):
+        # The line with the reason; before it stands the address, which the sentence has already.
+        lines = [line.strip() for line in str(refusal.orig).splitlines() if line.strip()]
+        fatal = [line for line in lines if "FATAL:" in line] or lines or [str(refusal.orig)]
         return _in_short(re.sub(r"^.*\bfailed: ", "", fatal[0]))
-    if untrusted := _first(causes, SSLCertVerificationError):
-        return str(untrusted.verify_message)
-    if client := _of_client(causes):
+    if certificate_error := _first(causes, SSLCertVerificationError):
+        return str(certificate_error.verify_message)
+    if client := _storage_error(causes):
         response = getattr(client, "response", None)
         if isinstance(response, dict) and "Code" in response.get("Error", {}):
             return str(response["Error"]["Code"])  # of S3, such as NoSuchBucket
         return _in_short(str(client))
     kinds = (SSLError, ArgumentError, MlflowException, BaseException)
-    cause = next(found for kind in kinds if (found := _first(causes, kind)))
+    cause = next(cause for kind in kinds if (cause := _first(causes, kind)))
     return _in_short(shown_uri(getattr(cause, "message", None) or str(cause)))
 
 

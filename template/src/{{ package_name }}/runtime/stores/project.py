@@ -10,7 +10,8 @@ from pydantic import Field, PrivateAttr
 
 from .. import _mlflow
 from ..config import keys
-from ..config.loading import load_config, mistake, read_credentials
+from ..config.checking import load_config
+from ..config.loading import mistake, read_credentials
 from ..config.uris import ANNOUNCED
 from . import credentials
 from .embedded import prepare
@@ -63,7 +64,7 @@ class MlflowConfig(keys.MlflowConfig):
     tracking: _Tracking = Field(default_factory=_Tracking)
 
     def model_post_init(self, _: Any) -> None:
-        """Tell the experiment its server."""
+        """Set the server of the experiment."""
         self.tracking.experiment.set_server(self.server)
 
     def setup(self, context: KedroContext) -> None:
@@ -77,11 +78,28 @@ class MlflowConfig(keys.MlflowConfig):
         """
         import mlflow
 
-        variables = read_credentials(context)
+        credentials.export("setup", read_credentials(context))
         register_header_provider(context)
-        credentials.export("setup", variables)
         self.server.connection.use()
         mlflow.set_experiment(experiment_id=self.tracking.experiment.entity.experiment_id)
+
+    def announce(self) -> None:
+        """Export the project's server and experiment for MLflow, wherever it is used.
+
+        For notebooks. Environment variables do this without importing MLflow and without a request.
+        """
+        server, experiment = self.server.connection, self.tracking.experiment
+        os.environ.pop("MLFLOW_EXPERIMENT_ID", None)  # MLflow refuses an id and a name that differ
+        os.environ.update(
+            MLFLOW_TRACKING_URI=server.tracking_uri,
+            MLFLOW_REGISTRY_URI=server.registry_uri,
+            MLFLOW_EXPERIMENT_NAME=experiment.name or "",
+            **{ANNOUNCED: server.tracking_uri},
+        )
+        _mlflow.export_artifact_root(experiment.create_experiment_kwargs.artifact_location)
+        if "mlflow" in sys.modules:
+            _mlflow.set_active_experiment(None)  # that of another project
+            server.use()
 
 
 def config_of(context: KedroContext) -> MlflowConfig:
@@ -90,7 +108,7 @@ def config_of(context: KedroContext) -> MlflowConfig:
     Raises:
         ConfigError: With one line for each mistake, when `mlflow.yml` has any.
     """
-    return MlflowConfig.model_validate(load_config(context).model_dump(exclude_unset=True))
+    return load_config(context, MlflowConfig)
 
 
 def register_header_provider(context: KedroContext) -> RequestHeaderProvider | None:
@@ -105,22 +123,3 @@ def register_header_provider(context: KedroContext) -> RequestHeaderProvider | N
     except Exception as error:  # the class is the user's code
         what = f"type {options.type!r} can't be used: {error}"
         raise mistake(context, ("server", "request_header_provider"), what) from error
-
-
-def announce(config: MlflowConfig) -> None:
-    """Let MLflow find the project's server and experiment when somebody uses it.
-
-    For notebooks. Environment variables do this without importing MLflow and without a request.
-    """
-    server, experiment = config.server.connection, config.tracking.experiment
-    os.environ.pop("MLFLOW_EXPERIMENT_ID", None)  # MLflow refuses an id and a name that differ
-    os.environ.update(
-        MLFLOW_TRACKING_URI=server.tracking_uri,
-        MLFLOW_REGISTRY_URI=server.registry_uri,
-        MLFLOW_EXPERIMENT_NAME=experiment.name or "",
-        **{ANNOUNCED: server.tracking_uri},
-    )
-    _mlflow.export_artifact_root(experiment.create_experiment_kwargs.artifact_location)
-    if "mlflow" in sys.modules:
-        _mlflow.set_active_experiment(None)  # that of another project
-        server.use()

@@ -1,4 +1,4 @@
-"""Where runs are kept: the server, its client, what it is asked first, the experiment.
+"""The server that keeps the runs: its client, the first request to it, the experiment.
 
 MLflow is imported inside functions, so that importing this module costs nothing.
 """
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# What a server is asked first is answered within so many seconds, or it is away: by itself MLflow
-# asks eight times, which takes four minutes.
+# The first request to a server is answered within so many seconds, or the server is away: MLflow
+# by itself tries eight times, which takes four minutes.
 FIRST_ANSWER_TIMEOUT = 9
 CONNECT_TIMEOUT = 3  # for each address of its name
 
@@ -90,10 +90,10 @@ def _client(tracking_uri: str, registry_uri: str) -> MlflowClient:
 
 
 def ask_first(uri: str, path: str, **params: str) -> Any:
-    """Return what a server answers to the first question, which is asked once and not for long.
+    """Return the answer to the first request to a server, sent once and with a short time-out.
 
-    Where the user has set `MLFLOW_HTTP_REQUEST_MAX_RETRIES` or `MLFLOW_HTTP_REQUEST_TIMEOUT` these
-    say how often, and for how long.
+    Where the user has set `MLFLOW_HTTP_REQUEST_MAX_RETRIES` or `MLFLOW_HTTP_REQUEST_TIMEOUT`, these
+    hold instead.
 
     Raises:
         MlflowException: When there is no answer, or not the one that is asked for.
@@ -114,10 +114,10 @@ def ask_first(uri: str, path: str, **params: str) -> Any:
 
 
 def checked(answer: Response, endpoint: str) -> Response:
-    """Return an answer that is a good one.
+    """Return a server's answer, if it isn't an error.
 
     Raises:
-        MlflowException: For any other; its cause has the headers, which say who has answered.
+        MlflowException: When it is; its cause has the headers, which say who has answered.
     """
     from mlflow.exceptions import MlflowException
     from mlflow.utils.rest_utils import verify_rest_response
@@ -131,7 +131,7 @@ def checked(answer: Response, endpoint: str) -> Response:
 
 
 def find_run(server: Server, run_id: str) -> Run:
-    """Return a run, as the first that a server is asked for.
+    """Return a run, with the first request to a server.
 
     Raises:
         MlflowException: When there is no such run, or no answer.
@@ -142,7 +142,7 @@ def find_run(server: Server, run_id: str) -> Run:
 
 
 def _find_experiment(server: Server, name: str) -> Experiment | None:
-    """Return an experiment, as the first that a server is asked for; None when there is none."""
+    """Return an experiment, with the first request to a server; None when there is none."""
     from mlflow.entities import Experiment
     from mlflow.exceptions import MlflowException
 
@@ -150,9 +150,9 @@ def _find_experiment(server: Server, name: str) -> Experiment | None:
         return server.client.get_experiment_by_name(name)
     try:
         answer = ask_first(server.tracking_uri, "experiments/get-by-name", experiment_name=name)
-        found = answer["experiment"]
-        place, stage = found.get("artifact_location"), found.get("lifecycle_stage", "active")
-        return Experiment(found["experiment_id"], name, place, stage)
+        entry = answer["experiment"]
+        location, stage = entry.get("artifact_location"), entry.get("lifecycle_stage", "active")
+        return Experiment(entry["experiment_id"], name, location, stage)
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
@@ -171,8 +171,8 @@ def experiment_id(server: Server, options: ExperimentOptions) -> str:
     from mlflow.exceptions import MlflowException
 
     name = options.name or "Default"
-    found = _find_experiment(server, name)
-    if found is None:
+    experiment = _find_experiment(server, name)
+    if experiment is None:
         try:
             return server.client.create_experiment(
                 name,
@@ -183,21 +183,21 @@ def experiment_id(server: Server, options: ExperimentOptions) -> str:
             # Another process has made it since.
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-            found = server.client.get_experiment_by_name(name)
-            if found is None:
+            experiment = server.client.get_experiment_by_name(name)
+            if experiment is None:
                 raise
-    if found.lifecycle_stage == "deleted":
+    if experiment.lifecycle_stage == "deleted":
         if not options.restore_if_deleted:
             what = f"the experiment {name!r} is deleted; expected true, or another name, got False"
             raise SettingError(("tracking", "experiment", "restore_if_deleted"), what)
-        server.client.restore_experiment(found.experiment_id)
-    return found.experiment_id
+        server.client.restore_experiment(experiment.experiment_id)
+    return experiment.experiment_id
 
 
 def lack_of_models(server: Server) -> SettingError | None:
-    """Return what to tell of a server that is older than the models of this MLflow.
+    """Return the error for a server that is older than the models of this MLflow, if it is.
 
-    One request, for pipelines that log models: else they would fail when all has run.
+    Makes one request, for pipelines that log models: else they would fail when all has run.
     """
     from mlflow.exceptions import MlflowException
     from mlflow.utils.credentials import get_default_host_creds
@@ -213,12 +213,12 @@ def lack_of_models(server: Server) -> SettingError | None:
     except MlflowException as error:
         logger.info("The server doesn't tell its version: %s", error)
         return None
-    found = re.fullmatch(r"([012])\.\d+\.\S+", answer.text.strip())
-    if answer.status_code != 200 or found is None:
+    old_version = re.fullmatch(r"[012]\.\d+\.\S+", answer.text.strip())
+    if answer.status_code != 200 or old_version is None:
         return None
     return SettingError(
         ADDRESS,
-        f"{shown_uri(uri)} is an MLflow server of version {found[0]}, which can't keep models of "
-        f"MLflow {version('mlflow')}: update it to 3.0 or newer, or take the models out of the "
-        "pipeline",
+        f"{shown_uri(uri)} is an MLflow server of version {old_version[0]}, which can't keep "
+        f"models of MLflow {version('mlflow')}: update it to 3.0 or newer, or take the models out "
+        "of the pipeline",
     )

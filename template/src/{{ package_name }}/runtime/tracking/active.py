@@ -44,7 +44,7 @@ def leave(run: RunHandle, scope: str, status: str) -> None:
 
 
 def _clear() -> None:
-    """Keep MLflow from ending what is open at this process's exit as FINISHED."""
+    """Empty MLflow's stack at exit: MLflow would end what is open as FINISHED."""
     stack = _mlflow.active_runs()
     entered = [hasattr(run, "entered") for run in stack]
     if any(entered):
@@ -63,7 +63,7 @@ def _cut(stack: list[ActiveRun], length: int, status: str) -> None:
 
 
 def _active_run(run: RunHandle, scope: str) -> ActiveRun:
-    """Build MLflow's own object for a run from the handle, which saves the request for it."""
+    """Return MLflow's own object for a run, made from the handle without a request."""
     from mlflow import ActiveRun
     from mlflow.entities import LifecycleStage, Run, RunData, RunInfo, RunStatus
 

@@ -1,4 +1,4 @@
-"""What MLflow logs of other libraries by itself, switched on while runs are in progress."""
+"""MLflow's autologging of other libraries, switched on while runs are in progress."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class SwitchedOn:
     before: Mapping[str, Any]
 
     def switch_off(self) -> None:
-        """Put the flavor back to how it was."""
+        """Restore the flavor as it was before."""
         if self.before.get("disable", True):
             self.autolog(disable=True)
         else:  # the user has switched it on

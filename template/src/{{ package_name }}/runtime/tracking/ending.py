@@ -50,14 +50,14 @@ class Started:
     frame: FrameType
 
     def is_abandoned(self) -> bool:
-        """Check whether the call that runs the pipeline was left without a word, as by Ctrl-C."""
+        """Check whether the call that runs the pipeline was left without a hook, as by Ctrl-C."""
         if threading.get_ident() != self.thread:
             return False
         return all(frame is not self.frame for frame, _ in walk_stack(currentframe()))
 
 
 def watch(run: RunHandle, markers: Path, frame: FrameType) -> None:
-    """Have a run ended however the call that runs its pipeline, or its process, does.
+    """Make sure that a run ends with the call that runs its pipeline, and with its process.
 
     Args:
         run: A run that this process has just opened.
@@ -108,7 +108,7 @@ def finish(run: RunHandle, status: str, reason: str | None = None) -> None:
 
 
 def end_abandoned() -> None:
-    """End the runs of this thread whose pipeline was interrupted; Kedro tells no hook of it."""
+    """End the runs of this thread whose pipeline was interrupted; Kedro calls no hook then."""
     for started in list(state.current().started.values()):
         if started.is_abandoned():
             finish(started.run, "KILLED", INTERRUPTED)
@@ -122,7 +122,7 @@ def _end_all(reason: str) -> None:
 def _end(
     server: Server, run_id: str, experiment_id: str, status: str, reason: str | None = None
 ) -> None:
-    """End a run; one that didn't finish takes the child runs that are still open with it."""
+    """End a run and, where it didn't finish, its child runs that are still open."""
     from mlflow.entities import RunTag
 
     client = server.client
@@ -134,11 +134,9 @@ def _end(
 
 
 def end_children(server: Server, run_id: str, experiment_id: str, status: str) -> None:
-    """End the child runs of a run that are still open, and theirs."""
-    from mlflow.entities import ViewType
-
-    of_this = f"tags.`mlflow.parentRunId` = '{run_id}' and attributes.status = 'RUNNING'"
-    for child in server.client.search_runs([experiment_id], of_this, ViewType.ACTIVE_ONLY):
+    """End the child runs of a run that are still open."""
+    open_children = f"tags.`mlflow.parentRunId` = '{run_id}' and attributes.status = 'RUNNING'"
+    for child in server.client.search_runs([experiment_id], open_children):
         _end(server, child.info.run_id, experiment_id, status)
 
 
@@ -161,6 +159,6 @@ def end_orphans(server: Server, markers: Path) -> None:
 def end_killed(server: Server, run: Run, gone: Process) -> None:
     """End a run whose process is gone, and the child runs that are still open."""
     run_id = run.info.run_id
-    reason = f"the process {gone.pid} on {gone.host} ended without a word"
+    reason = f"the process {gone.pid} on {gone.host} is gone"
     _end(server, run_id, run.info.experiment_id, "KILLED", reason)
     logger.warning("MLflow run %s was still open: %s", run_id, reason)

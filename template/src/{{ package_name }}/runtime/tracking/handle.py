@@ -50,12 +50,12 @@ class RunHandle:
 
     @property
     def key(self) -> RunKey:
-        """What this process knows the run by."""
+        """The key of the run in the state of this process."""
         return self.run_id, self.opening
 
     @property
     def is_ours(self) -> bool:
-        """Whether this process started the run, or attached to it, and has not ended it yet."""
+        """Check whether this process has opened the run and not ended it yet."""
         return self.key in state.current().started
 
     def log_params(self, params: Mapping[str, str]) -> None:
@@ -159,9 +159,9 @@ class RunHandle:
             self.leave("block")
 
     def before_end(self, call: Callable[[], object], key: str | None = None) -> None:
-        """Have something called when the run is about to end, the last that was asked for first.
+        """Register a call for when the run is about to end; the last one is called first.
 
-        Of what has a `key` the latest replaces what was asked for before. Only in the process
+        A call with the `key` of an earlier one replaces it. Only in the process
         where the run `is_ours`: others don't know when it ends.
         """
         calls = outbox_of(self).before_end

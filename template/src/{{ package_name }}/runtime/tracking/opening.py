@@ -64,20 +64,20 @@ def start(
         ConfigError: When `MLFLOW_RUN_ID` does, or the run has other values of these parameters.
     """
     opening, markers = uuid4().hex, project_path / MARKERS
-    given = credentials.original("MLFLOW_RUN_ID")
+    given_id = credentials.original("MLFLOW_RUN_ID")
     # MLflow would take up that run where the user's code asks for a child of it.
     exported: dict[str, str | None] = {**variables, "MLFLOW_RUN_ID": None}
     if shown_uri(server.tracking_uri) != server.tracking_uri:
         # MLflow prints the address of each run, password and all.
         exported["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
     credentials.export(opening, exported)
-    if given and not server.replayed_to:
+    if given_id and not server.replayed_to:
         server = _server_of_environment(server, project_path)
     try:
         autologging.switch_on(options.autolog)
         with failures.translate_server_errors(server, variables):
             tags = {**tags, **process.this_process().tags()}
-            handle, tags = _open(server, options, name, tags, given)
+            handle, tags = _open(server, options, name, tags, given_id)
         handle = replace(handle, opening=opening)
     except BaseException:
         credentials.take_back(opening)
@@ -120,7 +120,7 @@ def _open(
     options: TrackingOptions,
     name: str,
     tags: dict[str, str],
-    given: str | None,
+    given_id: str | None,
 ) -> tuple[RunHandle, Mapping[str, str]]:
     """Open the run, and return it with the tags that it still has to get."""
     import mlflow
@@ -133,13 +133,12 @@ def _open(
         s.run.run_id == active.info.run_id for s in state.current().started.values()
     ):
         return _attach(Server.in_use(), active.info.run_id, tags)
-    if given and not active:
-        return _attach(server, given, tags)
+    if given_id and not active:
+        return _attach(server, given_id, tags)
     prepare(server.tracking_uri, options.experiment.create_experiment_kwargs.artifact_location)
     server.use()
     if options.run.id and not active:
-        handle = handle_of(server, _continued(server, options.run.id))
-        return handle, tags
+        return handle_of(server, _continued(server, options.run.id)), tags
     if active and options.run.nested:  # a node starts a Kedro run of its own
         tags["mlflow.parentRunId"] = active.info.run_id
     experiment = experiment_id(server, options.experiment)
@@ -151,34 +150,18 @@ def _attach(
     server: Server, run_id: str, tags: Mapping[str, str]
 ) -> tuple[RunHandle, Mapping[str, str]]:
     run = _existing(server, run_id)
-    if run is None and server.replayed_to:
-        raise ConfigError(f"MLFLOW_RUN_ID: {_NOT_OFFLINE}, got {run_id!r}")
     if run is None:
-        raise ConfigError(
-            f"MLFLOW_RUN_ID: expected the id of a run on {shown_uri(server.tracking_uri)} "
-            f"that is not deleted, got {run_id!r}"
-        )
+        raise ConfigError(f"MLFLOW_RUN_ID: {_no_run(server, run_id)}")
     # User, source and process of somebody else's run stay theirs.
-    unset = {k: v for k, v in tags.items() if k not in run.data.tags and k not in _OWNERS_TAGS}
-    unset = {k: v for k, v in unset.items() if not k.startswith("mlflow.")}
+    of_owner = {*run.data.tags, "host", "pid", "process_start"}
+    unset = {k: v for k, v in tags.items() if k not in of_owner and not k.startswith("mlflow.")}
     return handle_of(server, run, attached=True), unset
-
-
-_NOT_OFFLINE = (
-    "with tracking.on_unreachable: offline a run of the server can't be continued: expected no id, "
-    "or on_unreachable: fail"
-)
-
-_OWNERS_TAGS = {"host", "pid", "process_start"}
 
 
 def _continued(server: Server, run_id: str) -> Run:
     run = _existing(server, run_id)
-    if run is None and server.replayed_to:
-        raise SettingError(("tracking", "run", "id"), f"{_NOT_OFFLINE}, got {run_id!r}")
     if run is None:
-        what = f"there is no such run on {shown_uri(server.tracking_uri)}, got {run_id!r}"
-        raise SettingError(("tracking", "run", "id"), what)
+        raise SettingError(("tracking", "run", "id"), _no_run(server, run_id))
     server.client.update_run(run_id, status="RUNNING")
     return run
 
@@ -193,6 +176,17 @@ def _existing(server: Server, run_id: str) -> Run | None:
             raise
         return None
     return run if run.info.lifecycle_stage == "active" else None
+
+
+def _no_run(server: Server, run_id: str) -> str:
+    """Return the sentence for a run to continue that isn't there."""
+    if server.replayed_to:
+        return (
+            "with tracking.on_unreachable: offline a run of the server can't be continued: "
+            f"expected no id, or on_unreachable: fail, got {run_id!r}"
+        )
+    where = shown_uri(server.tracking_uri)
+    return f"expected the id of a run on {where} that is not deleted, got {run_id!r}"
 
 
 def _server_of_environment(server: Server, project_path: Path) -> Server:

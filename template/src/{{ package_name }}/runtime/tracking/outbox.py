@@ -46,7 +46,7 @@ class Outbox:
         self._sending = threading.Lock()  # held over a request, so that order is kept
 
     def add(self, points: Iterable[Point]) -> None:
-        """Take points, which are sent within a second, or by `flush`."""
+        """Add points, which are sent within a second, or by `flush`."""
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)

@@ -1,4 +1,4 @@
-"""Turn the parameters of a pipeline into what MLflow can store. Pure functions."""
+"""The parameters of a pipeline, as MLflow can store them and without secrets."""
 
 from __future__ import annotations
 
@@ -9,9 +9,19 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kedro.io.core import is_parameter
+
+from ..config.errors import ConfigError
+from ..config.loading import all_credentials
+
+if TYPE_CHECKING:
+    from kedro.framework.context import KedroContext
+    from kedro.io import DataCatalog
+    from kedro.pipeline import Pipeline
+
+    from ..config.keys import ParamsOptions
 
 # What MLflow accepts as the name of a parameter (mlflow.utils.validation).
 _REFUSED = re.compile(r"[^/\w.\- ]" if os.name == "nt" else r"[^/\w.\- :]")
@@ -24,15 +34,35 @@ _LONG_SECRET = 6
 REDACTED = "***"
 
 
-def select(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the parameters among the inputs of nodes.
+def of_pipeline(
+    pipeline: Pipeline, catalog: DataCatalog, options: ParamsOptions, secrets: Secrets
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Return the parameters that a pipeline uses, and tags for those that are too long for one.
 
-    Takes dataset names with their data, gives parameter names with their values: `params:x`
-    becomes `x`, and `parameters` stays whole.
+    `params:x` becomes `x`, and `parameters` stays whole.
+
+    Raises:
+        ConfigError: When one is too long and `long_params_strategy` is `fail`.
     """
-    return {
-        name.removeprefix("params:"): value for name, value in inputs.items() if is_parameter(name)
+    from mlflow.utils.validation import MAX_PARAM_VAL_LENGTH
+
+    inputs = {name for node in pipeline.nodes for name in node.inputs if is_parameter(name)}
+    values = {
+        name.removeprefix("params:"): catalog[name].load()
+        for name in sorted(inputs)
+        if name in catalog
     }
+    values = {name: secrets.hide(value, name) for name, value in values.items()}
+    named: Iterable[tuple[str, Any]] = values.items()
+    if options.dict_params.flatten:
+        named = flatten(
+            values, recursive=options.dict_params.recursive, sep=options.dict_params.sep
+        )
+    return split_long(
+        {name: secrets.hide_in(str(value)) for name, value in rename(named).items()},
+        limit=options.max_length or MAX_PARAM_VAL_LENGTH,
+        strategy=options.long_params_strategy,
+    )
 
 
 def flatten(params: Mapping[str, Any], *, recursive: bool, sep: str) -> Iterator[tuple[str, Any]]:
@@ -81,7 +111,7 @@ def _fitting(name: str) -> str:
 
 @dataclass(frozen=True)
 class Secrets:
-    """What must not be stored: values with names like those of secrets, and values that are known.
+    """The values that are hidden: those with names of secrets, and those of credentials.
 
     `patterns` are names as in `fnmatch`, whatever their case; `values` come from credentials.
     """
@@ -116,6 +146,14 @@ class Secrets:
         return any(fnmatchcase(p, pattern.lower()) for p in parts for pattern in self.patterns)
 
 
+def secrets_of(context: KedroContext) -> Secrets:
+    """Return what is hidden in all that is logged: credentials, and what has a secret's name."""
+    return Secrets(
+        tuple(context.mlflow.tracking.redact),  # type: ignore[attr-defined]
+        frozenset(secret_values(all_credentials(context))),
+    )
+
+
 def secret_values(credentials: Any) -> Iterator[str]:
     """Return the values in credentials that are long enough to be told from ordinary ones."""
     if isinstance(credentials, Mapping):
@@ -129,13 +167,6 @@ def secret_values(credentials: Any) -> Iterator[str]:
             yield from secret_values(item)
 
 
-def parameter_limit() -> int:
-    """Return how many characters a parameter's value may have, from MLflow."""
-    from mlflow.utils.validation import MAX_PARAM_VAL_LENGTH
-
-    return MAX_PARAM_VAL_LENGTH
-
-
 def split_long(
     params: Mapping[str, str], *, limit: int, strategy: str
 ) -> tuple[dict[str, str], dict[str, str]]:
@@ -144,15 +175,17 @@ def split_long(
     Returns the parameters to log and those to set as tags instead (strategy `tag`).
 
     Raises:
-        ValueError: With the strategy `fail`, naming each parameter that is too long.
+        ConfigError: With the strategy `fail`, naming each parameter that is too long.
     """
-    long = {name for name, value in params.items() if len(value) > limit}
+    long = sorted(name for name, value in params.items() if len(value) > limit)
     if strategy == "fail" and long:
-        found = ", ".join(f"{name!r} ({len(params[name])})" for name in sorted(long))
-        raise ValueError(f"longer than the {limit} characters that the store takes: {found}")
+        lengths = ", ".join(f"{name!r} ({len(params[name])})" for name in long)
+        raise ConfigError(
+            f"Parameters are longer than the {limit} characters that the store takes: {lengths}. "
+            "Set tracking.params.long_params_strategy in mlflow.yml to 'truncate' or 'tag', or "
+            "tracking.params.dict_params.flatten to true."
+        )
     if strategy == "truncate":
         return {name: value[:limit] for name, value in params.items()}, {}
-    return (
-        {name: value for name, value in params.items() if name not in long},
-        {name: params[name] for name in sorted(long)},
-    )
+    short = {name: value for name, value in params.items() if name not in long}
+    return short, {name: params[name] for name in long}

@@ -1,6 +1,6 @@
-"""What ends a run when Kedro doesn't: signals, and processes that are gone.
+"""Signals and processes, for runs that end in another way than by Kedro's hooks.
 
-Kedro tells hooks of a pipeline's end and of an `Exception` in it, but not of SIGTERM or of
+Kedro calls hooks at a pipeline's end and for an `Exception` in it, but not at SIGTERM or
 `kill -9`. Nothing here knows MLflow.
 """
 
@@ -38,10 +38,10 @@ _SAME_START = 2.0
 
 @dataclass(frozen=True)
 class Process:
-    """A process, told apart from another that gets its id later.
+    """A process, and what distinguishes it from another that gets its id later.
 
-    `start_time` is in seconds since 1970, None where the system doesn't tell; `namespace` sets
-    containers with the same host name apart.
+    `start_time` is in seconds since 1970, None where the system doesn't tell; `namespace`
+    distinguishes containers with the same host name.
     """
 
     host: str
@@ -50,7 +50,7 @@ class Process:
     namespace: str = ""
 
     def tags(self) -> dict[str, str]:
-        """Describe the process in a run's tags."""
+        """Return the tags that identify the process."""
         tags = {"host": self.host, "pid": str(self.pid)}
         if self.start_time is not None:
             start = datetime.fromtimestamp(self.start_time, timezone.utc)
@@ -67,7 +67,7 @@ class Process:
 
 
 def this_process() -> Process:
-    """Describe the process that this code runs in."""
+    """Return the process that this code runs in."""
     return _describe(os.getpid())
 
 
@@ -83,20 +83,20 @@ def _describe(pid: int) -> Process:
 
 
 def _start_time(pid: int) -> float | None:
-    """Return when a process started, in seconds since 1970; None when it is not there any more."""
+    """Return when a process started, in seconds since 1970; None when it has ended."""
     if sys.platform == "linux":
         started = _start_time_on_linux(pid)
     elif sys.platform == "win32":
         started = None
     else:
-        found = subprocess.run(
+        start = subprocess.run(
             ["ps", "-o", "lstart=", "-p", str(pid)],
             env={**os.environ, "LC_ALL": "C"},
             capture_output=True,
             text=True,
             check=False,
         ).stdout.strip()
-        started = time.mktime(time.strptime(found)) if found else None
+        started = time.mktime(time.strptime(start)) if start else None
     return started
 
 
@@ -124,30 +124,30 @@ class Marker:
 
 
 def mark(folder: Path, run_id: str, server: str) -> None:
-    """Note that this process has a run in progress; where that can't be written, go without."""
+    """Write the marker of a run that is in progress in this process, where it can be written."""
     marker = Marker(run_id, server, this_process())
     try:
         folder.mkdir(exist_ok=True)
         (folder / ".gitignore").write_text("*\n", encoding="utf-8")
         (folder / f"{run_id}.json").write_text(json.dumps(asdict(marker)), encoding="utf-8")
     except OSError as error:
-        logger.info("A run that is killed could not be told later: %s", error)
+        logger.info("Without a marker, a run that is killed stays RUNNING: %s", error)
 
 
 def unmark(folder: Path, run_id: str) -> None:
-    """Take the marker back."""
+    """Remove the marker of a run."""
     try:
         (folder / f"{run_id}.json").unlink(missing_ok=True)
     except OSError as error:
-        logger.info("The run %s stays noted as in progress: %s", run_id, error)
+        logger.info("The marker of the run %s can't be removed: %s", run_id, error)
 
 
 def orphans(folder: Path, server: str) -> Iterator[Marker]:
     """Return the runs on a server whose process is gone."""
     for file in sorted(folder.glob("*.json")):
         try:
-            found = json.loads(file.read_text(encoding="utf-8"))
-            marker = Marker(found["run_id"], found["server"], Process(**found["process"]))
+            entry = json.loads(file.read_text(encoding="utf-8"))
+            marker = Marker(entry["run_id"], entry["server"], Process(**entry["process"]))
         except FileNotFoundError:
             continue  # its process has just ended it
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -158,7 +158,7 @@ def orphans(folder: Path, server: str) -> Iterator[Marker]:
 
 
 def watch_signals(end_runs: Callable[[str], None]) -> None:
-    """Have `end_runs(reason)` called before a signal ends this process.
+    """Call `end_runs(reason)` before a signal ends this process.
 
     Only signals that nobody else handles are taken, and only from the main thread, as Python
     demands. The process ends with the signal's own status, its children before it.
@@ -190,7 +190,7 @@ def watch_signals(end_runs: Callable[[str], None]) -> None:
 
 
 def forget_signals() -> None:
-    """Put back what `watch_signals` has changed."""
+    """Restore the signal handlers that `watch_signals` has replaced."""
     if threading.current_thread() is threading.main_thread():
         handlers = state.current().signal_handlers
         while handlers:

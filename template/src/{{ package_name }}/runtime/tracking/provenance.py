@@ -1,4 +1,4 @@
-"""Where a run comes from: the command that repeats it, git, user and host. No MLflow here."""
+"""Where a run comes from, as its tags: the command that repeats it, git, user. No MLflow here."""
 
 from __future__ import annotations
 
@@ -12,8 +12,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import click
 import yaml
 from kedro.utils import is_kedro_project
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ..config.loading import package_name
+from .params import Secrets
+
+# Names the version of the template that the runtime is of.
+VERSION = Path(__file__).parents[1] / "VERSION"
 
 # `run_params` entries that are lists, with the option of `kedro run` that gives each.
 _LIST_OPTIONS = {
@@ -42,8 +51,8 @@ def runner_name(run_params: Mapping[str, Any]) -> str:
     name = str(run_params.get("runner"))
     if name == "None":
         return "SequentialRunner"
-    if found := _INSTANCE.fullmatch(name):
-        name = found["type"]
+    if instance := _INSTANCE.fullmatch(name):
+        name = instance["type"]
     # Kedro's own runners go by their class name, any other by its import path.
     return name.rpartition(".")[2] if name.startswith("kedro.runner.") else name
 
@@ -89,9 +98,6 @@ def _param(name: str, value: Any) -> str:
 
 def _read_params(text: str) -> Any:
     """Return what `--params` says, read as Kedro does (kedro.framework.cli.utils)."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
     items = [item.strip() for item in text.split(",") if item.strip()]
     try:
         return OmegaConf.to_container(OmegaConf.from_dotlist(items))
@@ -105,6 +111,23 @@ def _leaves(params: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, 
             yield from _leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value if isinstance(value, str) else json.dumps(value)
+
+
+def typed_options() -> dict[str, Any]:
+    """Return the options of the `kedro run` that this is; none when a script runs a session."""
+    command = click.get_current_context(silent=True)
+    return command.params if command and command.info_name == "run" else {}
+
+
+def in_typed_order(run_params: dict[str, Any]) -> dict[str, Any]:
+    """Return `run_params` with the pipelines in the order in which they were typed.
+
+    Kedro passes them in any order, another one each time.
+    """
+    typed = list(dict.fromkeys(typed_options().get("pipelines") or ()))
+    if typed and set(typed) == set(run_params.get("pipeline_names") or ()):
+        return {**run_params, "pipeline_names": typed}
+    return run_params
 
 
 def command_options(given: Mapping[str, Any], project_path: Path) -> list[str]:
@@ -130,14 +153,29 @@ def command_options(given: Mapping[str, Any], project_path: Path) -> list[str]:
 
 
 def run_tags(
-    run_params: Mapping[str, Any], options: Sequence[str] = (), command: Sequence[str] = ("run",)
+    run_params: Mapping[str, Any],
+    project_path: Path,
+    secrets: Secrets,
+    command: Sequence[str] = ("run",),
+    options: Sequence[str] = (),
 ) -> dict[str, str]:
-    """Return one tag for each non-empty entry of Kedro's `run_params`, and the command."""
-    tags = {key: _as_text(value) for key, value in run_params.items() if value}
+    """Return the tags of a run: one for each non-empty entry of `run_params`, and its provenance.
+
+    Args:
+        run_params: What Kedro passes to hooks.
+        project_path: The project's folder.
+        secrets: What is hidden.
+        command: The words after `kedro` of the command that repeats the run.
+        options: What that command has besides what was typed for `kedro run`.
+    """
+    options = [*command_options(typed_options(), project_path), *options]
+    shown = secrets.hide(run_params)
     return {
-        **tags,
-        "runner": runner_name(run_params),
-        "kedro_command": kedro_command(run_params, options, command),
+        "km_template_version": VERSION.read_text("utf-8").strip(),
+        **{key: _as_text(value) for key, value in shown.items() if value},
+        "runner": runner_name(shown),
+        "kedro_command": kedro_command(shown, [secrets.hide_in(o) for o in options], command),
+        **source_tags(project_path, package_name()),
     }
 
 
@@ -152,7 +190,7 @@ def _as_text(value: Any) -> str:
 
 
 def source_tags(project_path: Path, package_name: str) -> dict[str, str]:
-    """Describe the project and who runs it, under the names that MLflow's pages read."""
+    """Return tags for the project and its user, under the names that MLflow's pages read."""
     return {
         "mlflow.user": _user(),
         "mlflow.source.name": package_name,
