@@ -399,17 +399,12 @@ class MlflowModelLocalFileSystemDataset(AbstractVersionedDataset[Any, Any]):
         parent = Path(self._filepath).parent
         parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=f".{self._filepath.name}.", dir=parent) as folder:
-            new, former = Path(folder, "new"), Path(folder, "former")
+            new = Path(folder, "new")
             self.flavor.save(model, new, arguments)
             target.parent.mkdir(parents=True, exist_ok=True)
             if target.exists():
-                target.rename(former)
-            try:
-                new.rename(target)
-            except OSError:
-                if former.exists():
-                    former.rename(target)
-                raise
+                target.rename(Path(folder, "former"))
+            new.rename(target)
 
     def _exists(self) -> bool:
         return _is_model(Path(self._get_load_path()))
