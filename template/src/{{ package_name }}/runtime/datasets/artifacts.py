@@ -7,20 +7,16 @@ from functools import partial
 from multiprocessing.util import Finalize
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory, mkdtemp
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from fsspec.implementations.local import LocalFileSystem  # type: ignore[import-untyped]
 from kedro.io import AbstractDataset, AbstractVersionedDataset, DatasetError
 from kedro.io.core import Version
 
 from .._kedro import is_partitioned, set_version, version_of
-from ..config.uris import shown_uri
 from ..tracking.handle import RunHandle, attach
 from .base import TrackedDataset, check
-from .files import at_path, download, has_file, location, partitions, state
-
-if TYPE_CHECKING:
-    from mlflow.store.artifact.artifact_repo import ArtifactRepository
+from .files import at_path, fetch, has_artifact, has_file, location, log_file, snapshot
 
 
 @AbstractVersionedDataset.register  # Kedro hands `catalog.load(name, version=…)` to these alone
@@ -78,7 +74,7 @@ class MlflowArtifactDataset(TrackedDataset):
         rule = "is a folder inside the run's artifacts"
         check(is_inside, "artifact_path", rule, artifact_path)
         self._config = {**({"credentials": credentials} if credentials else {}), **dataset}
-        self._make(version)
+        self._make_dataset(version)
         if not has_file(self._dataset):
             raise DatasetError(
                 f"{type(self._dataset).__name__} can't be an artifact: it has no file of its own."
@@ -89,7 +85,7 @@ class MlflowArtifactDataset(TrackedDataset):
         self.save_to_run = save_to_run
         self.metadata = getattr(self._dataset, "metadata", None) if metadata is None else metadata
 
-    def _make(self, version: Version | None) -> None:
+    def _make_dataset(self, version: Version | None) -> None:
         self._dataset = AbstractDataset.from_config("dataset", self._config, *(version or ()))
         if version is None and self._version:
             set_version(self._dataset, Version(None, None))  # a new one at each save
@@ -97,9 +93,9 @@ class MlflowArtifactDataset(TrackedDataset):
     def bind(self, *args: Any) -> None:
         """Bind the dataset to a Kedro run."""
         super().bind(*args)
-        if self._run and self._grows and not self.log_only:
+        if self._run and self._is_growing and not self.log_only:
             # Whichever process saves the file, the one that ends the run logs it.
-            before = state(self._dataset)
+            before = snapshot(self._dataset)
             self._run.before_end(partial(self._log_if_changed, self._run_to_save_to(), before))
 
     def load(self) -> Any:
@@ -111,7 +107,7 @@ class MlflowArtifactDataset(TrackedDataset):
         if not self._loads_from_run:
             return self._dataset.load()
         folder = _temporary_folder(self._resolve_run())
-        data = self._at(self._fetch(folder)).load()
+        data = self._dataset_at(self._fetch(folder)).load()
         if _is_in_memory(data):
             shutil.rmtree(folder, ignore_errors=True)
         return data
@@ -126,18 +122,18 @@ class MlflowArtifactDataset(TrackedDataset):
             self._save_to_run_alone(run, data)
             return
         self._dataset.save(data)
-        if not self._grows:
+        if not self._is_growing:
             log_file(run, self._dataset, self.artifact_path, data)
 
     def _save_to_run_alone(self, run: RunHandle, data: Any) -> None:
-        if not self._grows:
+        if not self._is_growing:
             with TemporaryDirectory() as folder:
-                draft = self._at(Path(folder, self._artifact.name))
+                draft = self._dataset_at(Path(folder, self._artifact.name))
                 draft.save(data)
                 log_file(run, draft, self.artifact_path, data)
             return
         if self._draft is None:
-            self._draft = self._at(_temporary_folder(run) / self._artifact.name)
+            self._draft = self._dataset_at(_temporary_folder(run) / self._artifact.name)
             if run.is_ours:
                 run.before_end(self._log_draft)
         self._draft.save(data)
@@ -150,12 +146,12 @@ class MlflowArtifactDataset(TrackedDataset):
             log_file(self._run_to_save_to(), draft, self.artifact_path)
 
     @property
-    def _grows(self) -> bool:
+    def _is_growing(self) -> bool:
         # A partition, unlike other files, is whole with its chunk.
         return self.in_chunks and not is_partitioned(self._dataset)
 
     def _log_if_changed(self, run: RunHandle, before: dict[str, Any]) -> None:
-        if state(self._dataset) != before:
+        if snapshot(self._dataset) != before:
             log_file(run, self._dataset, self.artifact_path)
 
     @property
@@ -179,7 +175,7 @@ class MlflowArtifactDataset(TrackedDataset):
         path = location(self._dataset, None)[1]
         return PurePosixPath(self.artifact_path or "", PurePosixPath(path).name)
 
-    def _at(self, path: Path) -> AbstractDataset[Any, Any]:
+    def _dataset_at(self, path: Path) -> AbstractDataset[Any, Any]:
         """Make the wrapped dataset once more, with its file or folder at a local path."""
         return AbstractDataset.from_config("dataset", self._config_at(path.as_posix()))
 
@@ -251,85 +247,7 @@ class MlflowArtifactDataset(TrackedDataset):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         if "_dataset" not in state:
-            self._make(self.__dict__.pop("version"))
-
-
-def log_file(
-    run: RunHandle,
-    dataset: AbstractDataset[Any, Any],
-    artifact_path: str | None = None,
-    data: Any = None,
-) -> None:
-    """Log the file or folder that a dataset has just saved, wherever it is.
-
-    Args:
-        run: The run to log to.
-        dataset: A dataset that has a file or folder.
-        artifact_path: Folder of the run's artifacts to put it in; their root when None.
-        data: What was saved. Of a partitioned dataset only these partitions are logged.
-
-    Raises:
-        DatasetError: When the dataset has saved nothing there.
-    """
-    file_system, path = location(dataset)
-    place = PurePosixPath(artifact_path or "", PurePosixPath(path).name)
-    places = {path: place}
-    if data is not None and is_partitioned(dataset):
-        places = partitions(file_system, dataset, data, path, place)
-    is_local = isinstance(file_system, LocalFileSystem)
-    with TemporaryDirectory() as folder:
-        for path, place in places.items():
-            local = Path(path) if is_local else download(file_system, path, Path(folder, place))
-            if not local.exists():
-                raise DatasetError(
-                    f"{type(dataset).__name__} has saved nothing to '{path}' that can be logged."
-                )
-            if is_local:
-                run.log_artifact(local, folder_of(place))
-        for downloaded in Path(folder).iterdir():
-            run.log_artifact(downloaded)
-
-
-def folder_of(place: PurePosixPath) -> str | None:
-    """Return the folder of a place among a run's artifacts; None when that is their root."""
-    return None if place.parent == PurePosixPath() else str(place.parent)
-
-
-def fetch(run: RunHandle, artifact: PurePosixPath, folder: str | Path) -> Path:
-    """Download an artifact of a run to a local folder, and return where it is.
-
-    Raises:
-        DatasetError: When there is no such run, or it has no such artifact.
-    """
-    if not has_artifact(run, artifact):
-        raise DatasetError(f"The run {run.run_id} has no artifact '{artifact}'.")
-    return Path(_repository(run).download_artifacts(str(artifact), str(folder)))
-
-
-def has_artifact(run: RunHandle, artifact: PurePosixPath) -> bool:
-    """Check whether a run has an artifact at a path."""
-    listed = _repository(run).list_artifacts(folder_of(artifact))
-    return str(artifact) in [file.path for file in listed]
-
-
-def _repository(run: RunHandle) -> ArtifactRepository:
-    """Return the store of a run's artifacts.
-
-    By the run's id MLflow looks among its models too, with a handful of requests, and hides why a
-    download fails.
-    """
-    from mlflow.exceptions import MlflowException
-    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
-
-    client, uri = run.server.client, run.artifact_uri
-    try:
-        uri = uri or client.get_run(run.run_id).info.artifact_uri
-    except MlflowException as error:
-        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            raise
-        where = shown_uri(run.server.tracking_uri)
-        raise DatasetError(f"There is no run '{run.run_id}' on {where}.") from error
-    return get_artifact_repository(uri, tracking_uri=client.tracking_uri)
+            self._make_dataset(self.__dict__.pop("version"))
 
 
 def _temporary_folder(run: RunHandle) -> Path:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from kedro.io import AbstractDataset, DatasetError
 
@@ -14,6 +14,12 @@ from ..config.uris import shown_uri
 from ..stores.errors import is_away, reason_of
 from ..stores.server import Server
 from ..tracking.handle import RunHandle, attach
+
+if TYPE_CHECKING:
+    from mlflow.entities import RunInfo
+
+# What MLflow answers when a run, a model, a version or an alias isn't there.
+ABSENT = ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND", "INVALID_PARAMETER_VALUE")
 
 
 def check(is_right: object, argument: str, rule: str, given: object) -> None:
@@ -24,6 +30,34 @@ def check(is_right: object, argument: str, rule: str, given: object) -> None:
     """
     if not is_right:
         raise DatasetError(f"`{argument}` {rule}, got {given!r}.")
+
+
+def mode_of(argument: str, given: Mapping[str, Any], modes: Sequence[str]) -> str:
+    """Return the `mode` in an argument of a dataset, by default the first that there is.
+
+    Raises:
+        DatasetError: When it is none of them.
+    """
+    mode: str = given.get("mode", modes[0])
+    check(mode in modes, f"{argument}.mode", f"is one of {', '.join(modes)}", mode)
+    return mode
+
+
+def info_of(run: RunHandle) -> RunInfo:
+    """Return what the server knows of a run.
+
+    Raises:
+        DatasetError: When it has no such run.
+    """
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return run.server.client.get_run(run.run_id).info
+    except MlflowException as error:
+        if error.error_code not in ABSENT:
+            raise
+        where = shown_uri(run.server.tracking_uri)
+        raise DatasetError(f"There is no run '{run.run_id}' on {where}.") from error
 
 
 class TrackedDataset(AbstractDataset[Any, Any]):

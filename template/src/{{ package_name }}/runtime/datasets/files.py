@@ -1,15 +1,22 @@
-"""Where a dataset has its file or folder, and the same dataset at another path."""
+"""Files: where a dataset has its own, the same dataset at another path, and artifacts of runs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, Literal
 
 import fsspec  # type: ignore[import-untyped]
+from fsspec.implementations.local import LocalFileSystem  # type: ignore[import-untyped]
 from kedro.io import AbstractDataset, AbstractVersionedDataset, DatasetError
 
-from .._kedro import PATH_ARGUMENTS, file_system_of, partition_of, path_of
+from .._kedro import PATH_ARGUMENTS, file_system_of, is_partitioned, partition_of, path_of
+from ..tracking.handle import RunHandle
+from .base import info_of
+
+if TYPE_CHECKING:
+    from mlflow.store.artifact.artifact_repo import ArtifactRepository
 
 
 def has_file(dataset: AbstractDataset[Any, Any]) -> bool:
@@ -37,16 +44,16 @@ def location(
     return file_system, file_system._strip_protocol(path)
 
 
-def files(file_system: Any, path: str) -> list[str]:
+def list_files(file_system: Any, path: str) -> list[str]:
     """List the files at a path: the file itself, or all that are in the folder."""
     file_system.invalidate_cache(path)
     return sorted(file_system.find(path))
 
 
-def state(dataset: AbstractDataset[Any, Any]) -> dict[str, Any]:
-    """Return the files of a dataset, so that a change shows."""
+def snapshot(dataset: AbstractDataset[Any, Any]) -> dict[str, Any]:
+    """Return the size and time of each file of a dataset, so that a change shows."""
     file_system, path = location(dataset)
-    return {file: file_system.info(file) for file in files(file_system, path)}
+    return {file: file_system.info(file) for file in list_files(file_system, path)}
 
 
 def partitions(
@@ -64,7 +71,7 @@ def partitions(
 
 def download(file_system: Any, path: str, target: Path) -> Path:
     """Copy a file or folder, when it is there, to a local path, and return that path."""
-    sources = files(file_system, path)
+    sources = list_files(file_system, path)
     copies = [target / PurePosixPath(source).relative_to(path) for source in sources]
     for copy in copies:
         copy.parent.mkdir(parents=True, exist_ok=True)
@@ -86,7 +93,7 @@ def at_path(config: Mapping[str, Any], path: str, without: tuple[str, ...] = ())
         without: Arguments to leave out.
 
     Raises:
-        DatasetError: When the dataset isn't told its place by an argument.
+        DatasetError: When no argument says where its file or folder is.
     """
     argument = path_argument(config)
     if argument is None:
@@ -109,3 +116,73 @@ def _local(config: Mapping[str, Any], without: tuple[str, ...]) -> dict[str, Any
     if isinstance(config.get("dataset"), dict):
         local["dataset"] = _local(config["dataset"], without)
     return local
+
+
+def log_file(
+    run: RunHandle,
+    dataset: AbstractDataset[Any, Any],
+    artifact_path: str | None = None,
+    data: Any = None,
+) -> None:
+    """Log the file or folder that a dataset has just saved, wherever it is.
+
+    Args:
+        run: The run to log to.
+        dataset: A dataset that has a file or folder.
+        artifact_path: Folder of the run's artifacts to put it in; their root when None.
+        data: What was saved. Of a partitioned dataset only these partitions are logged.
+
+    Raises:
+        DatasetError: When the dataset has saved nothing there.
+    """
+    file_system, path = location(dataset)
+    place = PurePosixPath(artifact_path or "", PurePosixPath(path).name)
+    places = {path: place}
+    if data is not None and is_partitioned(dataset):
+        places = partitions(file_system, dataset, data, path, place)
+    is_local = isinstance(file_system, LocalFileSystem)
+    with TemporaryDirectory() as folder:
+        for path, place in places.items():
+            local = Path(path) if is_local else download(file_system, path, Path(folder, place))
+            if not local.exists():
+                raise DatasetError(
+                    f"{type(dataset).__name__} has saved nothing to '{path}' that can be logged."
+                )
+            if is_local:
+                run.log_artifact(local, folder_of(place))
+        for downloaded in Path(folder).iterdir():
+            run.log_artifact(downloaded)
+
+
+def folder_of(place: PurePosixPath) -> str | None:
+    """Return the folder of a place among a run's artifacts; None when that is their root."""
+    return None if place.parent == PurePosixPath() else str(place.parent)
+
+
+def fetch(run: RunHandle, artifact: PurePosixPath, folder: str | Path) -> Path:
+    """Download an artifact of a run to a local folder, and return where it is.
+
+    Raises:
+        DatasetError: When there is no such run, or it has no such artifact.
+    """
+    if not has_artifact(run, artifact):
+        raise DatasetError(f"The run {run.run_id} has no artifact '{artifact}'.")
+    return Path(_repository(run).download_artifacts(str(artifact), str(folder)))
+
+
+def has_artifact(run: RunHandle, artifact: PurePosixPath) -> bool:
+    """Check whether a run has an artifact at a path."""
+    listed = _repository(run).list_artifacts(folder_of(artifact))
+    return str(artifact) in [file.path for file in listed]
+
+
+def _repository(run: RunHandle) -> ArtifactRepository:
+    """Return the store of a run's artifacts.
+
+    By the run's id MLflow looks among its models too, with a handful of requests, and hides why a
+    download fails.
+    """
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+    uri = run.artifact_uri or info_of(run).artifact_uri
+    return get_artifact_repository(uri, tracking_uri=run.server.tracking_uri)

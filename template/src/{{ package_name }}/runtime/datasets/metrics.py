@@ -14,7 +14,7 @@ from kedro.io import DatasetError
 
 from ..tracking.handle import RunHandle
 from ..tracking.outbox import Point
-from .base import TrackedDataset, check
+from .base import TrackedDataset, mode_of
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric
@@ -83,8 +83,9 @@ class _OneMetricDataset(_MetricDataset):
         self.key = key
         self.load_args = load_args or {}
         self.save_args = save_args or {}
-        self._load_mode = _mode("load_args", self.load_args, self.LOAD_MODES)
-        self._save_mode = _mode("save_args", self.save_args, self.SAVE_MODES)
+        if self.LOAD_MODES:
+            self._load_mode = mode_of("load_args", self.load_args, self.LOAD_MODES)
+        self._save_mode = mode_of("save_args", self.save_args, self.SAVE_MODES)
 
     def bind(self, *args: Any) -> None:
         """Bind the dataset to a Kedro run; its name is the key when nothing else is."""
@@ -295,13 +296,6 @@ class MlflowMetricsHistoryDataset(_ManyMetricsDataset):
             listed = [given] if isinstance(given, Mapping) else _elements(given, rule)
             points += [_point(item, key, rule) for item in listed]
         self._log(points)
-
-
-def _mode(argument: str, given: Mapping[str, Any], modes: Sequence[str]) -> str:
-    """Return the mode that is given, by default the first."""
-    mode: str = given.get("mode", next(iter(modes), ""))
-    check(mode in modes or not modes, f"{argument}.mode", f"is one of {', '.join(modes)}", mode)
-    return mode
 
 
 def _check_name(key: str) -> None:

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from kedro.io import AbstractVersionedDataset, DatasetError, Version
 from kedro.io.core import get_protocol_and_path
 
-from ..stores.server import Server, pages
+from ..stores.server import Server, all_results
 from ..tracking.handle import RunHandle
-from .base import TrackedDataset, check
+from .base import ABSENT, TrackedDataset, check, info_of
 from .flavors import Flavor, unpack
 
 if TYPE_CHECKING:
@@ -23,9 +23,6 @@ if TYPE_CHECKING:
 
 # Characters that MLflow refuses in the name of a logged model.
 REFUSED_IN_NAME = re.compile(r"[/:.%\"']")
-
-# What MLflow answers when a run, a model, a version or an alias isn't there.
-_ABSENT = ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND", "INVALID_PARAMETER_VALUE")
 
 
 class _ModelDataset(TrackedDataset):
@@ -104,7 +101,7 @@ class _ModelDataset(TrackedDataset):
             get_model_info(_address(server, uri) if server else uri)
         except MlflowException as error:
             # A stage without versions has no code of its own.
-            if error.error_code not in _ABSENT and "No versions of model" not in error.message:
+            if error.error_code not in ABSENT and "No versions of model" not in error.message:
                 raise
             return False
         except OSError:  # a folder that has no model
@@ -224,9 +221,9 @@ class MlflowModelTrackingDataset(_ModelDataset):
     def _last_saved_in(self, run: RunHandle) -> LoggedModel | None:
         from mlflow.entities import LoggedModelStatus
 
-        models = pages(
+        models = all_results(
             run.server.client.search_logged_models,
-            [run.experiment_id or _experiment_of(run)],
+            [run.experiment_id or info_of(run).experiment_id],
             filter_string=f"name = '{self._model_name()}'",
             order_by=[{"field_name": "creation_timestamp", "ascending": False}],
         )
@@ -252,17 +249,6 @@ class MlflowModelTrackingDataset(_ModelDataset):
     def _describe(self) -> dict[str, Any]:
         known = self._given_uri or (self.model_info and self.model_info.model_uri)
         return {**super()._describe(), "model_uri": known}
-
-
-def _experiment_of(run: RunHandle) -> str:
-    from mlflow.exceptions import MlflowException
-
-    try:
-        return str(run.server.client.get_run(run.run_id).info.experiment_id)
-    except MlflowException as error:
-        if error.error_code not in _ABSENT:
-            raise
-        raise DatasetError(f"There is no run {run.run_id!r} to load a model of.") from error
 
 
 def _download(server: Server, uri: str) -> str:

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 from kedro.io import DatasetError
 
 from .._mlflow import default_experiment_id
-from ..stores.server import Server, pages
+from ..stores.server import Server, all_results
 from ..tracking.handle import RunHandle, attach
-from .artifacts import fetch, folder_of, has_artifact
-from .base import TrackedDataset, check
+from .base import TrackedDataset, check, mode_of
+from .files import fetch, folder_of, has_artifact
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -74,14 +74,14 @@ class MlflowTableDataset(TrackedDataset):
     ) -> None:
         self.artifact_file = _checked_file(artifact_file) if artifact_file else None
         self.run_id = run_id
-        self.load_args = _only("load_args", load_args, ("run_ids", "extra_columns"))
-        self.save_args = _only("save_args", save_args, ("mode",))
+        self.load_args = _checked_args("load_args", load_args, ("run_ids", "extra_columns"))
+        self.save_args = _checked_args("save_args", save_args, ("mode",))
         self.metadata = metadata
-        self._run_ids = _texts("load_args.run_ids", self.load_args.get("run_ids"))
-        self._extra = _columns("load_args.extra_columns", self.load_args.get("extra_columns"))
-        self._mode = self.save_args.get("mode", "overwrite")
-        modes = ("overwrite", "append")
-        check(self._mode in modes, "save_args.mode", f"is one of {', '.join(modes)}", self._mode)
+        self._run_ids = _list_of_texts("load_args.run_ids", self.load_args.get("run_ids"))
+        self._extra = _checked_columns(
+            "load_args.extra_columns", self.load_args.get("extra_columns")
+        )
+        self._mode = mode_of("save_args", self.save_args, ("overwrite", "append"))
         self._chunks: list[pd.DataFrame] = []  # what a node has yielded so far
 
     def bind(self, *args: Any) -> None:
@@ -103,7 +103,7 @@ class MlflowTableDataset(TrackedDataset):
         """Log a DataFrame, a dictionary of lists, or a dictionary that is one row."""
         import pandas as pd
 
-        file, table = self._required_file(), _table(data)
+        file, table = self._required_file(), _frame_of_data(data)
         if not self._is_tracked:
             return
         run = self._resolve_run()
@@ -112,7 +112,7 @@ class MlflowTableDataset(TrackedDataset):
             table = pd.concat(self._chunks, ignore_index=True)
         with _listing:
             if self._mode == "overwrite" and has_artifact(run, PurePosixPath(file)):
-                _empty(run, file)
+                _make_empty(run, file)
             try:
                 run.server.client.log_table(run.run_id, table, file)
             except json.JSONDecodeError:  # MLflow 3.17 cuts a list that is too long for its tag
@@ -120,9 +120,9 @@ class MlflowTableDataset(TrackedDataset):
 
     def _of_run(self, run: RunHandle) -> pd.DataFrame:
         file = self._required_file()
-        table = _read(run, file)
+        table = _read_table(run, file)
         if self._extra:
-            of_run = _frame([run.server.client.get_run(run.run_id)], self._extra)
+            of_run = _frame_of_runs([run.server.client.get_run(run.run_id)], self._extra)
             for column in self._extra:
                 table[f"{column}_" if column in table else column] = of_run[column].iloc[0]
         return table
@@ -172,17 +172,17 @@ class MlflowRunsDataset(TrackedDataset):
         is_number = isinstance(given, int) and given > 0
         check(given is None or is_number, "limit", "is a number of runs from 1", given)
         self.filter = filter
-        self.order_by = _texts("order_by", order_by)
+        self.order_by = _list_of_texts("order_by", order_by)
         self.limit = limit
-        self.columns = _columns("columns", columns)
-        self.experiment_names = _texts("experiment_names", experiment_names)
+        self.columns = _checked_columns("columns", columns)
+        self.experiment_names = _list_of_texts("experiment_names", experiment_names)
         self.include_current = include_current
         self.metadata = metadata
 
     def load(self) -> pd.DataFrame:
         """Search the runs, and return a table of them."""
         with self._reading():
-            return _frame(self._search(), self.columns)
+            return _frame_of_runs(self._search(), self.columns)
 
     def _search(self) -> list[Run]:
         server = self._server or Server.in_use()
@@ -196,7 +196,7 @@ class MlflowRunsDataset(TrackedDataset):
         if not experiments:
             return []
         # Not `mlflow.search_runs`, which asks the server that the process points at.
-        runs = pages(
+        runs = all_results(
             server.client.search_runs,
             experiments,
             " and ".join(conditions),
@@ -237,13 +237,15 @@ class MlflowRunsDataset(TrackedDataset):
         return True
 
 
-def _only(argument: str, given: dict[str, Any] | None, known: Sequence[str]) -> dict[str, Any]:
+def _checked_args(
+    argument: str, given: dict[str, Any] | None, known: Sequence[str]
+) -> dict[str, Any]:
     for key in given or {}:
         check(key in known, argument, f"takes {' and '.join(known)}", key)
     return given or {}
 
 
-def _texts(argument: str, given: Any) -> list[str]:
+def _list_of_texts(argument: str, given: Any) -> list[str]:
     """Return a list of texts, which may be given as one text or be missing."""
     texts = [given] if isinstance(given, str) else list(given or ())
     for text in texts:
@@ -252,15 +254,15 @@ def _texts(argument: str, given: Any) -> list[str]:
     return texts
 
 
-def _columns(argument: str, given: Any) -> list[str]:
-    columns = _texts(argument, given)
+def _checked_columns(argument: str, given: Any) -> list[str]:
+    columns = _list_of_texts(argument, given)
     rule = f"are among {', '.join(_ATTRIBUTES)}, metrics.…, params.… and tags.…"
     for column in columns:
         check(column in _ATTRIBUTES or column.startswith(_GROUPS), argument, rule, column)
     return columns
 
 
-def _frame(runs: Sequence[Run], columns: Sequence[str]) -> pd.DataFrame:
+def _frame_of_runs(runs: Sequence[Run], columns: Sequence[str]) -> pd.DataFrame:
     """Return a table with a row for each run; without `columns` with all that any run has."""
     import pandas as pd
 
@@ -289,7 +291,7 @@ def _checked_file(file: str) -> str:
     return str(path)
 
 
-def _table(data: Any) -> pd.DataFrame:
+def _frame_of_data(data: Any) -> pd.DataFrame:
     """Return a new table of a DataFrame, a dictionary of columns, or a dictionary that is a row."""
     import pandas as pd
 
@@ -302,7 +304,7 @@ def _table(data: Any) -> pd.DataFrame:
     return pd.DataFrame([data] if is_row else data)
 
 
-def _read(run: RunHandle, file: str) -> pd.DataFrame:
+def _read_table(run: RunHandle, file: str) -> pd.DataFrame:
     """Return a table of a run.
 
     Not with MLflow's `load_table`: it makes the number 7 of the text "007", and finds no table
@@ -318,7 +320,7 @@ def _read(run: RunHandle, file: str) -> pd.DataFrame:
         return pd.DataFrame(content["data"], columns=content["columns"])
 
 
-def _empty(run: RunHandle, file: str) -> None:
+def _make_empty(run: RunHandle, file: str) -> None:
     """Replace a table with an empty one: to a table that is there `log_table` adds its rows."""
     import pandas as pd
 

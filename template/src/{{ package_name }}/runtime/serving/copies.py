@@ -13,7 +13,7 @@ from kedro.io import AbstractDataset, DatasetError
 from .._kedro import arguments_of, is_partitioned, version_of
 from ..datasets.artifacts import MlflowArtifactDataset
 from ..datasets.base import TrackedDataset
-from ..datasets.files import at_path, download, files, has_file, location, path_argument
+from ..datasets.files import at_path, download, has_file, list_files, location, path_argument
 
 # Datasets that take this may have a query in their file: the data is in a database.
 _QUERY_ARGUMENT = "sql"
@@ -87,4 +87,4 @@ def _is_of_this_run(dataset: Any) -> bool:
     version = version_of(dataset)
     if version is None or version.load or not version.save:
         return False
-    return bool(files(*location(dataset, "save")))
+    return bool(list_files(*location(dataset, "save")))

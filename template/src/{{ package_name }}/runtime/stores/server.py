@@ -228,7 +228,7 @@ def lack_of_models(server: Server) -> SettingError | None:
     )
 
 
-def pages(search: Callable[..., PagedList[T]], *args: Any, **kwargs: Any) -> Iterator[T]:
+def all_results(search: Callable[..., PagedList[T]], *args: Any, **kwargs: Any) -> Iterator[T]:
     """Return all that a search of MLflow's client finds, page after page."""
     token = None
     while True:
