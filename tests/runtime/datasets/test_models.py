@@ -579,7 +579,7 @@ def test_a_model_is_picked_at_run_time_by_its_run(project: Project) -> None:
     used = project.run(pipeline_names=["inference"], params={"model_run_id": first})
 
     assert used["used"].load() == 2
-    with pytest.raises(DatasetError, match="There is no run 'gone' to load a model of"):
+    with pytest.raises(DatasetError, match="There is no run 'gone' on "):
         project.run(pipeline_names=["inference"], params={"model_run_id": "gone"})
     with pytest.raises(DatasetError, match=f"{first}.* is for loading only"):
         project.run(pipeline_names=["training"], params={"model_run_id": first})

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from functools import partial
 from multiprocessing.util import Finalize
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory, mkdtemp
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from fsspec.implementations.local import LocalFileSystem  # type: ignore[import-untyped]
 from kedro.io import AbstractDataset, AbstractVersionedDataset, DatasetError
 from kedro.io.core import Version
 
 from .._kedro import is_partitioned, set_version, version_of
-from ..config.uris import shown_uri
 from ..tracking.handle import RunHandle, attach
-from .base import TrackedDataset
-from .files import copy_files, files, has_file, location, moved, partitions, state
-
-if TYPE_CHECKING:
-    from mlflow.store.artifact.artifact_repo import ArtifactRepository
+from .base import TrackedDataset, check
+from .files import at_path, fetch, has_artifact, has_file, location, log_file, snapshot
 
 
 @AbstractVersionedDataset.register  # Kedro hands `catalog.load(name, version=…)` to these alone
@@ -48,6 +43,8 @@ class MlflowArtifactDataset(TrackedDataset):
         DatasetError: When the wrapped dataset can't be made, or has no file.
     """
 
+    SHOWN = ("artifact_path", "run_id", "log_only", "save_to_run")
+
     # Has Kedro pass its versions to every one of these datasets; the wrapped one uses them if it
     # has versions.
     versioned: ClassVar[bool] = True
@@ -66,14 +63,18 @@ class MlflowArtifactDataset(TrackedDataset):
         log_only: bool = False,
         save_to_run: bool = False,
     ) -> None:
-        _check_wrapped(dataset)
-        inside = PurePosixPath(artifact_path or "")
-        if inside.is_absolute() or ".." in inside.parts:
+        given: Any = dataset
+        if not (isinstance(given, dict) and "type" in given):
+            shown = f"one with {list(given)}" if isinstance(given, dict) else repr(given)
             raise DatasetError(
-                f"`artifact_path` is a folder inside the run's artifacts, got {artifact_path!r}."
+                f"`dataset` is the dataset to wrap, a dictionary with a `type`, got {shown}."
             )
+        folder = PurePosixPath(artifact_path or "")
+        is_inside = not folder.is_absolute() and ".." not in folder.parts
+        rule = "is a folder inside the run's artifacts"
+        check(is_inside, "artifact_path", rule, artifact_path)
         self._config = {**({"credentials": credentials} if credentials else {}), **dataset}
-        self._make(version)
+        self._make_dataset(version)
         if not has_file(self._dataset):
             raise DatasetError(
                 f"{type(self._dataset).__name__} can't be an artifact: it has no file of its own."
@@ -84,17 +85,17 @@ class MlflowArtifactDataset(TrackedDataset):
         self.save_to_run = save_to_run
         self.metadata = getattr(self._dataset, "metadata", None) if metadata is None else metadata
 
-    def _make(self, version: Version | None) -> None:
+    def _make_dataset(self, version: Version | None) -> None:
         self._dataset = AbstractDataset.from_config("dataset", self._config, *(version or ()))
         if version is None and self._version:
             set_version(self._dataset, Version(None, None))  # a new one at each save
 
     def bind(self, *args: Any) -> None:
-        """Tie the dataset to a Kedro run."""
+        """Bind the dataset to a Kedro run."""
         super().bind(*args)
-        if self._run and self._grows and not self.log_only:
+        if self._run and self._is_growing and not self.log_only:
             # Whichever process saves the file, the one that ends the run logs it.
-            before = state(self._dataset)
+            before = snapshot(self._dataset)
             self._run.before_end(partial(self._log_if_changed, self._run_to_save_to(), before))
 
     def load(self) -> Any:
@@ -105,13 +106,8 @@ class MlflowArtifactDataset(TrackedDataset):
         """
         if not self._loads_from_run:
             return self._dataset.load()
-        if self.run_id is None:
-            self._log_draft()
-        run = self._resolve_run()
-        folder = _temporary_folder(run)
-        with self._reading():
-            fetched = fetch(run, self._artifact, folder)
-        data = self._at(fetched).load()
+        folder = _temporary_folder(self._resolve_run())
+        data = self._dataset_at(self._fetch(folder)).load()
         if _is_in_memory(data):
             shutil.rmtree(folder, ignore_errors=True)
         return data
@@ -126,19 +122,18 @@ class MlflowArtifactDataset(TrackedDataset):
             self._save_to_run_alone(run, data)
             return
         self._dataset.save(data)
-        if not self._grows:
+        if not self._is_growing:
             log_file(run, self._dataset, self.artifact_path, data)
 
     def _save_to_run_alone(self, run: RunHandle, data: Any) -> None:
-        name = PurePosixPath(location(self._dataset, None)[1]).name
-        if not self._grows:
+        if not self._is_growing:
             with TemporaryDirectory() as folder:
-                draft = self._at(Path(folder, name))
+                draft = self._dataset_at(Path(folder, self._artifact.name))
                 draft.save(data)
                 log_file(run, draft, self.artifact_path, data)
             return
         if self._draft is None:
-            self._draft = self._at(_temporary_folder(run) / name)
+            self._draft = self._dataset_at(_temporary_folder(run) / self._artifact.name)
             if run.is_ours:
                 run.before_end(self._log_draft)
         self._draft.save(data)
@@ -151,12 +146,12 @@ class MlflowArtifactDataset(TrackedDataset):
             log_file(self._run_to_save_to(), draft, self.artifact_path)
 
     @property
-    def _grows(self) -> bool:
+    def _is_growing(self) -> bool:
         # A partition, unlike other files, is whole with its chunk.
         return self.in_chunks and not is_partitioned(self._dataset)
 
     def _log_if_changed(self, run: RunHandle, before: dict[str, Any]) -> None:
-        if state(self._dataset) != before:
+        if snapshot(self._dataset) != before:
             log_file(run, self._dataset, self.artifact_path)
 
     @property
@@ -180,41 +175,46 @@ class MlflowArtifactDataset(TrackedDataset):
         path = location(self._dataset, None)[1]
         return PurePosixPath(self.artifact_path or "", PurePosixPath(path).name)
 
-    def _at(self, path: Path) -> AbstractDataset[Any, Any]:
+    def _dataset_at(self, path: Path) -> AbstractDataset[Any, Any]:
         """Make the wrapped dataset once more, with its file or folder at a local path."""
         return AbstractDataset.from_config("dataset", self._config_at(path.as_posix()))
 
     def _config_at(self, path: str) -> dict[str, Any]:
-        return _unversioned(moved(self._config, path))
+        # An artifact is the version that was saved.
+        return at_path(self._config, path, without=("versioned",))
 
-    def copy_to(self, folder: Path) -> dict[str, Any] | None:
-        """Copy what would be loaded to a local folder; gives the dataset that loads the copy."""
-        if not self._loads_from_run:
-            return copy_files(self._dataset, folder)
+    @property
+    def local_dataset(self) -> AbstractDataset[Any, Any] | None:
+        """The wrapped dataset where that is what would be loaded, and not an artifact."""
+        return None if self._loads_from_run else self._dataset
+
+    def copy_to(self, folder: Path) -> dict[str, Any]:
+        """Copy the artifact that would be loaded to a local folder.
+
+        Returns:
+            The configuration of the dataset that loads the copy.
+        """
+        return self._config_at(self._fetch(folder).relative_to(folder).as_posix())
+
+    def _fetch(self, folder: Path) -> Path:
         if self.run_id is None:
             self._log_draft()
-        fetched = fetch(self._resolve_run(), self._artifact, folder)
-        return self._config_at(fetched.relative_to(folder).as_posix())
+        with self._reading():
+            return fetch(self._resolve_run(), self._artifact, folder)
 
     def _exists(self) -> bool:
         if not self._loads_from_run:
             return self._dataset.exists()
-        if self.run_id is None and self._draft is not None:
-            return True
-        run = attach(self._server, self.run_id) if self.run_id else self._run or attach()
-        return run is not None and has_artifact(run, self._artifact)
+        return (self.run_id is None and self._draft is not None) or super()._exists()
+
+    def _is_in(self, run: RunHandle) -> bool:
+        return has_artifact(run, self._artifact)
 
     def _release(self) -> None:
         self._dataset.release()
 
     def _describe(self) -> dict[str, Any]:
-        return {
-            "dataset": self._dataset,
-            "artifact_path": self.artifact_path,
-            "run_id": self.run_id,
-            "log_only": self.log_only or None,
-            "save_to_run": self.save_to_run or None,
-        }
+        return {"dataset": self._dataset, **super()._describe()}
 
     def _init_config(self) -> dict[str, Any]:
         config: dict[str, Any] = super()._init_config()
@@ -247,110 +247,7 @@ class MlflowArtifactDataset(TrackedDataset):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         if "_dataset" not in state:
-            self._make(self.__dict__.pop("version"))
-
-
-def _check_wrapped(dataset: Any) -> None:
-    if not (isinstance(dataset, dict) and "type" in dataset):
-        got = f"one with {list(dataset)}" if isinstance(dataset, dict) else repr(dataset)
-        raise DatasetError(
-            f"`dataset` is the dataset to wrap, a dictionary with a `type`, got {got}."
-        )
-
-
-def _unversioned(config: dict[str, Any]) -> dict[str, Any]:
-    """Take the versions out of a dataset's configuration: an artifact is the one that was saved."""
-    single = {name: value for name, value in config.items() if name != "versioned"}
-    if isinstance(config.get("dataset"), dict):  # that of partitions
-        single["dataset"] = _unversioned(config["dataset"])
-    return single
-
-
-def log_file(
-    run: RunHandle,
-    dataset: AbstractDataset[Any, Any],
-    artifact_path: str | None = None,
-    data: Any = None,
-) -> None:
-    """Log the file or folder that a dataset has just saved, wherever it is.
-
-    Args:
-        run: The run to log to.
-        dataset: A dataset that has a file or folder.
-        artifact_path: Folder of the run's artifacts to put it in; their root when None.
-        data: What was saved. Of a partitioned dataset only these partitions are logged.
-
-    Raises:
-        DatasetError: When the dataset has saved nothing there.
-    """
-    file_system, path = location(dataset)
-    place = PurePosixPath(artifact_path or "", PurePosixPath(path).name)
-    saved = {path: place}
-    if data is not None and is_partitioned(dataset):
-        saved = partitions(file_system, dataset, data, path, place)
-    if isinstance(file_system, LocalFileSystem):
-        for path, place in saved.items():
-            if not os.path.exists(path):  # noqa: PTH110
-                raise _nothing_saved(dataset, path)
-            run.log_artifact(path, folder_of(place))
-        return
-    with TemporaryDirectory() as folder:
-        for path, place in saved.items():
-            found = files(file_system, path)
-            if not found:
-                raise _nothing_saved(dataset, path)
-            copies = [Path(folder, place, PurePosixPath(file).relative_to(path)) for file in found]
-            file_system.get(found, [str(copy) for copy in copies])
-        for fetched in Path(folder).iterdir():
-            run.log_artifact(fetched)
-
-
-def _nothing_saved(dataset: AbstractDataset[Any, Any], path: str) -> DatasetError:
-    return DatasetError(
-        f"{type(dataset).__name__} has saved nothing to '{path}' that can be logged."
-    )
-
-
-def folder_of(place: PurePosixPath) -> str | None:
-    """Return the folder of a place among a run's artifacts; None when that is their root."""
-    return None if place.parent == PurePosixPath() else str(place.parent)
-
-
-def fetch(run: RunHandle, artifact: PurePosixPath, folder: str | Path) -> Path:
-    """Download an artifact of a run to a local folder, and return where it is.
-
-    Raises:
-        DatasetError: When there is no such run, or it has no such artifact.
-    """
-    if not has_artifact(run, artifact):
-        raise DatasetError(f"The run {run.run_id} has no artifact '{artifact}'.")
-    return Path(_repository(run).download_artifacts(str(artifact), str(folder)))
-
-
-def has_artifact(run: RunHandle, artifact: PurePosixPath) -> bool:
-    """Check whether a run has an artifact at a path."""
-    listed = _repository(run).list_artifacts(folder_of(artifact))
-    return str(artifact) in [found.path for found in listed]
-
-
-def _repository(run: RunHandle) -> ArtifactRepository:
-    """Return the store of a run's artifacts.
-
-    By the run's id MLflow looks among its models too, with a handful of requests, and hides why a
-    download fails.
-    """
-    from mlflow.exceptions import MlflowException
-    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
-
-    client, uri = run.server.client, run.artifact_uri
-    try:
-        uri = uri or client.get_run(run.run_id).info.artifact_uri
-    except MlflowException as error:
-        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            raise
-        where = shown_uri(run.server.tracking_uri)
-        raise DatasetError(f"There is no run '{run.run_id}' on {where}.") from error
-    return get_artifact_repository(uri, tracking_uri=client.tracking_uri)
+            self._make_dataset(self.__dict__.pop("version"))
 
 
 def _temporary_folder(run: RunHandle) -> Path:

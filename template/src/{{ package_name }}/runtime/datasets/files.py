@@ -1,27 +1,22 @@
-"""Where a dataset has its file or folder, and how the same is read from another place."""
+"""Files: where a dataset has its own, the same dataset at another path, and artifacts of runs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, Literal
 
 import fsspec  # type: ignore[import-untyped]
+from fsspec.implementations.local import LocalFileSystem  # type: ignore[import-untyped]
 from kedro.io import AbstractDataset, AbstractVersionedDataset, DatasetError
 
-from .._kedro import (
-    PATH_ARGUMENTS,
-    arguments_of,
-    file_system_of,
-    is_partitioned,
-    partition_of,
-    path_of,
-    version_of,
-)
+from .._kedro import PATH_ARGUMENTS, file_system_of, is_partitioned, partition_of, path_of
+from ..tracking.handle import RunHandle
+from .base import info_of
 
-# Datasets that take this may have a query in their file: the data is in a database.
-_QUERY_ARGUMENT = "sql"
+if TYPE_CHECKING:
+    from mlflow.store.artifact.artifact_repo import ArtifactRepository
 
 
 def has_file(dataset: AbstractDataset[Any, Any]) -> bool:
@@ -49,116 +44,145 @@ def location(
     return file_system, file_system._strip_protocol(path)
 
 
-def files(file_system: Any, path: str) -> list[str]:
+def list_files(file_system: Any, path: str) -> list[str]:
     """List the files at a path: the file itself, or all that are in the folder."""
     file_system.invalidate_cache(path)
     return sorted(file_system.find(path))
 
 
-def state(dataset: AbstractDataset[Any, Any]) -> dict[str, Any]:
-    """Return the files of a dataset, so that a change shows."""
+def snapshot(dataset: AbstractDataset[Any, Any]) -> dict[str, Any]:
+    """Return the size and time of each file of a dataset, so that a change shows."""
     file_system, path = location(dataset)
-    return {file: file_system.info(file) for file in files(file_system, path)}
+    return {file: file_system.info(file) for file in list_files(file_system, path)}
 
 
 def partitions(
     file_system: Any, dataset: Any, data: Any, folder: str, place: PurePosixPath
 ) -> dict[str, PurePosixPath]:
     """Map the path of each partition in `data` to its place below another folder."""
-    found = {}
+    places = {}
     for name in data:
         path, version = partition_of(dataset, name)
         path = file_system._strip_protocol(path)
         inside = place / PurePosixPath(path).relative_to(folder)
-        found[f"{path}/{version}/{inside.name}" if version else path] = inside
-    return found
+        places[f"{path}/{version}/{inside.name}" if version else path] = inside
+    return places
 
 
-def moved(config: Mapping[str, Any], path: str) -> dict[str, Any]:
+def download(file_system: Any, path: str, target: Path) -> Path:
+    """Copy a file or folder, when it is there, to a local path, and return that path."""
+    sources = list_files(file_system, path)
+    copies = [target / PurePosixPath(source).relative_to(path) for source in sources]
+    for copy in copies:
+        copy.parent.mkdir(parents=True, exist_ok=True)
+    file_system.get(sources, [str(copy) for copy in copies])
+    return target
+
+
+def path_argument(config: Mapping[str, Any]) -> str | None:
+    """Return the argument in a dataset's configuration that says where its file or folder is."""
+    return next((name for name in PATH_ARGUMENTS if name in config), None)
+
+
+def at_path(config: Mapping[str, Any], path: str, without: tuple[str, ...] = ()) -> dict[str, Any]:
     """Return the configuration of a dataset with its file or folder at a local path instead.
 
+    Args:
+        config: The configuration, and with the key `dataset` that of each partition.
+        path: The local path.
+        without: Arguments to leave out.
+
     Raises:
-        DatasetError: When the dataset isn't told its place by an argument.
+        DatasetError: When no argument says where its file or folder is.
     """
-    argument = _path_argument(config)
+    argument = path_argument(config)
     if argument is None:
         kind = config["type"] if isinstance(config["type"], str) else config["type"].__name__
         raise DatasetError(
             f"{kind} can only be loaded from its own place: it has none of the arguments "
             f"{', '.join(PATH_ARGUMENTS)}."
         )
-    made = {**_made_local(config), argument: path}
-    made.pop("checkpoint", None)  # of the partitions that are new in the original place
-    return made
+    local = {**_local(config, without), argument: path}
+    local.pop("checkpoint", None)  # of the partitions that are new in the original place
+    return local
 
 
-def _path_argument(config: Mapping[str, Any]) -> str | None:
-    return next((name for name in PATH_ARGUMENTS if name in config), None)
-
-
-def _made_local(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Take out of a dataset's configuration what is for a remote file system."""
-    local = {name: value for name, value in config.items() if name != "credentials"}
+def _local(config: Mapping[str, Any], without: tuple[str, ...]) -> dict[str, Any]:
+    """Return the configuration of a dataset without what is for a remote file system."""
+    local = {name: config[name] for name in config if name not in ("credentials", *without)}
     if fs_args := config.get("fs_args"):
         kept = {name: value for name, value in fs_args.items() if name.startswith("open_args")}
         local["fs_args"] = kept
     if isinstance(config.get("dataset"), dict):
-        local["dataset"] = _made_local(config["dataset"])
+        local["dataset"] = _local(config["dataset"], without)
     return local
 
 
-def copy_files(dataset: AbstractDataset[Any, Any], folder: Path) -> dict[str, Any] | None:
-    """Copy what a dataset would load to a local folder, wherever it is now.
+def log_file(
+    run: RunHandle,
+    dataset: AbstractDataset[Any, Any],
+    artifact_path: str | None = None,
+    data: Any = None,
+) -> None:
+    """Log the file or folder that a dataset has just saved, wherever it is.
 
-    Returns the configuration of the dataset that loads the copy, with a path relative to the folder
-    (see `load_copy`); None when the dataset has no file, or can't be loaded from another place.
+    Args:
+        run: The run to log to.
+        dataset: A dataset that has a file or folder.
+        artifact_path: Folder of the run's artifacts to put it in; their root when None.
+        data: What was saved. Of a partitioned dataset only these partitions are logged.
 
     Raises:
-        DatasetError: When there is nothing to load.
+        DatasetError: When the dataset has saved nothing there.
     """
-    given = arguments_of(dataset)
-    config = {name: given[name] for name in given if name not in ("version", "metadata")}
-    config["type"] = type(dataset)
-    if not has_file(dataset) or _path_argument(config) is None or _QUERY_ARGUMENT in config:
-        return None
-    name = PurePosixPath(location(dataset, None)[1]).name
-    dataset.release()  # another process may have saved a version
-    file_system, path = location(dataset, "save" if _is_of_this_run(dataset) else "load")
-    found = files(file_system, path)
-    if not found:
-        raise DatasetError(f"{type(dataset).__name__} has nothing to load at '{path}'.")
-    copies = [folder / name / PurePosixPath(file).relative_to(path) for file in found]
-    for copy in copies:
-        copy.parent.mkdir(parents=True, exist_ok=True)
-    file_system.get(found, [str(copy) for copy in copies])
-    return moved(config, name)
+    file_system, path = location(dataset)
+    place = PurePosixPath(artifact_path or "", PurePosixPath(path).name)
+    places = {path: place}
+    if data is not None and is_partitioned(dataset):
+        places = partitions(file_system, dataset, data, path, place)
+    is_local = isinstance(file_system, LocalFileSystem)
+    with TemporaryDirectory() as folder:
+        for path, place in places.items():
+            local = Path(path) if is_local else download(file_system, path, Path(folder, place))
+            if not local.exists():
+                raise DatasetError(
+                    f"{type(dataset).__name__} has saved nothing to '{path}' that can be logged."
+                )
+            if is_local:
+                run.log_artifact(local, folder_of(place))
+        for downloaded in Path(folder).iterdir():
+            run.log_artifact(downloaded)
 
 
-def _is_of_this_run(dataset: Any) -> bool:
-    """Check whether there is the version that this run saves, when it isn't to load another.
+def folder_of(place: PurePosixPath) -> str | None:
+    """Return the folder of a place among a run's artifacts; None when that is their root."""
+    return None if place.parent == PurePosixPath() else str(place.parent)
 
-    Another run may have saved a later one meanwhile.
+
+def fetch(run: RunHandle, artifact: PurePosixPath, folder: str | Path) -> Path:
+    """Download an artifact of a run to a local folder, and return where it is.
+
+    Raises:
+        DatasetError: When there is no such run, or it has no such artifact.
     """
-    version = version_of(dataset)
-    if version is None or version.load or not version.save:
-        return False
-    return bool(files(*location(dataset, "save")))
+    if not has_artifact(run, artifact):
+        raise DatasetError(f"The run {run.run_id} has no artifact '{artifact}'.")
+    return Path(_repository(run).download_artifacts(str(artifact), str(folder)))
 
 
-def load_copy(config: Mapping[str, Any], folder: Path) -> Any:
-    """Load what `copy_files` has copied to a folder, wherever that is now, into memory."""
-    argument = _path_argument(config)
-    assert argument, "it was copied from a file"
-    config = {**config, argument: (folder / config[argument]).as_posix()}
-    dataset: AbstractDataset[Any, Any] = AbstractDataset.from_config(folder.name, config)
-    data = dataset.load()
-    if not is_partitioned(dataset):
-        return data
-    # Partitions are functions that read a file; here they have read it.
-    return {
-        name: partial(_same, value()) if callable(value) else value for name, value in data.items()
-    }
+def has_artifact(run: RunHandle, artifact: PurePosixPath) -> bool:
+    """Check whether a run has an artifact at a path."""
+    listed = _repository(run).list_artifacts(folder_of(artifact))
+    return str(artifact) in [file.path for file in listed]
 
 
-def _same(value: Any) -> Any:
-    return value
+def _repository(run: RunHandle) -> ArtifactRepository:
+    """Return the store of a run's artifacts.
+
+    By the run's id MLflow looks among its models too, with a handful of requests, and hides why a
+    download fails.
+    """
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+    uri = run.artifact_uri or info_of(run).artifact_uri
+    return get_artifact_repository(uri, tracking_uri=run.server.tracking_uri)

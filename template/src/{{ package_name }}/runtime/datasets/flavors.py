@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from kedro.io import DatasetError
 
+from .base import check
 from .requirements import with_requirements
 
 if TYPE_CHECKING:
@@ -41,13 +43,11 @@ class Flavor:
     workflow: str | None = None
 
     def __post_init__(self) -> None:
-        if not _is_module(self.name) or _is_module(f"mlflow.{self.name}"):
-            raise DatasetError(f"`flavor` is a module such as mlflow.sklearn, got {self.name!r}.")
-        if self._is_pyfunc and self.workflow not in _WORKFLOWS:
-            raise DatasetError(
-                "`pyfunc_workflow` of the flavor mlflow.pyfunc is `python_model` or "
-                f"`loader_module`, got {self.workflow!r}."
-            )
+        is_flavor = _is_module(self.name) and not _is_module(f"mlflow.{self.name}")
+        check(is_flavor, "flavor", "is a module such as mlflow.sklearn", self.name)
+        is_workflow = not self._is_pyfunc or self.workflow in _WORKFLOWS
+        rule = "of the flavor mlflow.pyfunc is `python_model` or `loader_module`"
+        check(is_workflow, "pyfunc_workflow", rule, self.workflow)
 
     @property
     def _is_pyfunc(self) -> bool:
@@ -66,38 +66,39 @@ class Flavor:
 
     def load(self, uri: str, arguments: Mapping[str, Any]) -> Any:
         """Load a model with the arguments of `load_model`."""
-        load_model = self._function("load_model")
+        module = self._module_with("load_model")
         try:
-            return load_model(model_uri=uri, **arguments)
+            return module.load_model(model_uri=uri, **arguments)
         except Exception as error:  # whatever the libraries of so many kinds of models raise
-            raise DatasetError(f"{self.name} can't load {uri}: {_told(error)}") from error
+            raise DatasetError(f"{self.name} can't load {uri}: {_one_line(error)}") from error
 
     def _write(self, function: str, model: Any, arguments: Mapping[str, Any]) -> Any:
-        write = self._function(function)
+        module = self._module_with(function)
+        write = getattr(module, function)
         try:
-            arguments = with_requirements(import_module(self.name), model, arguments)
+            arguments = with_requirements(module, model, arguments)
             if self._is_pyfunc:
                 return write(**{str(self.workflow): model}, **arguments)
             return write(model, **arguments)
-        except Exception as error:
-            name = arguments.get("name") or arguments.get("path")
+        except Exception as error:  # as above
+            name, kind = arguments.get("name") or arguments.get("path"), type(model).__name__
             raise DatasetError(
-                f"{self.name} can't save a {type(model).__name__} as {str(name)!r}: {_told(error)}"
+                f"{self.name} can't save a {kind} as {str(name)!r}: {_one_line(error)}"
             ) from error
 
-    def _function(self, name: str) -> Any:
+    def _module_with(self, function: str) -> ModuleType:
         try:
             module = import_module(self.name)
         except ImportError as error:
             raise DatasetError(
                 f"The flavor {self.name} can't be imported, is its library installed? {error}"
             ) from error
-        if not hasattr(module, name):
+        if not hasattr(module, function):
             raise DatasetError(
                 f"`flavor` is a module such as mlflow.sklearn, got {self.name!r}, which has no "
-                f"`{name}`."
+                f"`{function}`."
             )
-        return getattr(module, name)
+        return module
 
 
 def unpack(data: Any, save_args: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -107,7 +108,7 @@ def unpack(data: Any, save_args: Mapping[str, Any]) -> tuple[Any, dict[str, Any]
     before those of the catalog. With `signature: auto` MLflow infers it from the input example.
 
     Raises:
-        DatasetError: When it should, and there is no input example.
+        DatasetError: When there is no input example for it.
     """
     arguments = dict(save_args)
     if isinstance(data, tuple) and len(data) == 2 and isinstance(data[1], Mapping):
@@ -125,7 +126,7 @@ def unpack(data: Any, save_args: Mapping[str, Any]) -> tuple[Any, dict[str, Any]
     return data, arguments
 
 
-def _told(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 

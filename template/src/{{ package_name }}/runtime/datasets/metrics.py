@@ -8,20 +8,308 @@ import time
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from kedro.io import DatasetError
 
-from ..stores.server import Server
 from ..tracking.handle import RunHandle
 from ..tracking.outbox import Point
-from .base import TrackedDataset
+from .base import TrackedDataset, mode_of
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric
 
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 80
+
+
+class _MetricDataset(TrackedDataset):
+    """What all datasets of metrics share: points that MLflow takes, and gives back in order."""
+
+    def __init__(self, run_id: str | None, metadata: dict[str, Any] | None) -> None:
+        self.run_id = run_id
+        self.metadata = metadata
+        # Of each metric, the timestamp and the step that the last point got.
+        self._last: dict[str, tuple[int, int]] = {}
+
+    def _log(self, points: Sequence[Point]) -> None:
+        if self._is_tracked:
+            for key in {point.key for point in points}:
+                _check_name(key)
+            self._resolve_run().log_metrics(self._in_order(points))
+
+    def _in_order(self, points: Iterable[Point]) -> Iterator[Point]:
+        """Return each point with a timestamp, which puts it after the point before it.
+
+        MLflow keeps no other order than that of timestamp, step and value, and two points that
+        are equal in these are one. So steps that repeat or fall need milliseconds of their own.
+        """
+        now = int(time.time() * 1000)
+        for point in points:
+            if point.timestamp is not None:
+                yield point
+                continue
+            timestamp, step = self._last.get(point.key, (0, 0))
+            timestamp = max(now, timestamp + (point.step <= step))
+            self._last[point.key] = timestamp, point.step
+            yield point._replace(timestamp=timestamp)
+
+    def _is_in(self, run: RunHandle) -> bool:
+        return any(self._is_mine(key) for key in run.metric_keys())
+
+    @abstractmethod
+    def _is_mine(self, key: str) -> bool:
+        """Check whether a metric of the run is one that this dataset saves."""
+
+
+class _OneMetricDataset(_MetricDataset):
+    """What the datasets of one metric share: its key, by default the name in the catalog."""
+
+    SHOWN = ("key", "run_id", "load_args", "save_args")
+
+    # The first is the default.
+    LOAD_MODES: ClassVar[tuple[str, ...]] = ()
+    SAVE_MODES: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(
+        self,
+        key: str | None = None,
+        run_id: str | None = None,
+        load_args: dict[str, Any] | None = None,
+        save_args: dict[str, Any] | None = None,
+        metadata: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(run_id, metadata)
+        self.key = key
+        self.load_args = load_args or {}
+        self.save_args = save_args or {}
+        if self.LOAD_MODES:
+            self._load_mode = mode_of("load_args", self.load_args, self.LOAD_MODES)
+        self._save_mode = mode_of("save_args", self.save_args, self.SAVE_MODES)
+
+    def bind(self, *args: Any) -> None:
+        """Bind the dataset to a Kedro run; its name is the key when nothing else is."""
+        super().bind(*args)
+        self.key = self.key or self._name
+
+    def _required_key(self) -> str:
+        return self._required("a `key`", self.key)
+
+    def _history(self) -> list[Metric]:
+        run, key = self._resolve_run(), self._required_key()
+        with self._reading():
+            history = run.metric_history(key)
+        if not history:
+            raise DatasetError(f"The run {run.run_id} has no metric '{key}'.")
+        return history
+
+    def _is_mine(self, key: str) -> bool:
+        return key == self._required_key()
+
+
+class MlflowMetricDataset(_OneMetricDataset):
+    """One number.
+
+    Args:
+        key: Name of the metric; by default the dataset's name in the catalog.
+        run_id: Run to log to and load from instead of the current one.
+        load_args: `step` to load, instead of the value last logged.
+        save_args: `step` to log at, or `mode`: `overwrite` (default) logs at the last step there
+            is, `append` at the one after; `timestamp` in milliseconds since 1970.
+        metadata: Kept and not used.
+
+    Raises:
+        DatasetError: When an argument is none of these.
+    """
+
+    SAVE_MODES = ("overwrite", "append")
+
+    def load(self) -> float:
+        """Return the value last logged, or the one last logged at the step asked for."""
+        history = self._history()
+        step = self.load_args.get("step")
+        if step is not None:
+            wanted = _step(step, self._required_key())
+            history = [metric for metric in history if metric.step == wanted]
+            if not history:
+                run = self._resolve_run()
+                raise DatasetError(
+                    f"The run {run.run_id} has no metric '{self.key}' at step {step}."
+                )
+        return history[-1].value
+
+    def save(self, data: float) -> None:
+        """Log one value."""
+        key = self._required_key()
+        value = _number(data, key)
+        timestamp = _timestamp(self.save_args.get("timestamp"), key)
+        step = self.save_args.get("step")
+        if step is not None:
+            step = _step(step, key)
+        elif self._is_tracked:
+            last = self._resolve_run().last_step(key)
+            step = 0 if last is None else last + (self._save_mode == "append")
+        self._log([Point(key, value, step or 0, timestamp)])
+
+
+class MlflowMetricHistoryDataset(_OneMetricDataset):
+    """One metric over steps.
+
+    Points load in the order of their timestamps, which is the order they were saved in unless
+    the timestamps were given.
+
+    Args:
+        key: Name of the metric; by default the dataset's name in the catalog.
+        run_id: Run to log to and load from instead of the current one.
+        load_args: `mode` of what is loaded: `list` of values (default), `dict` of the last value
+            by step, or `history`, a list of `{"step": …, "value": …, "timestamp": …}`.
+        save_args: `mode` of what is saved; in a `list` the steps count from 0 (over all the lists
+            that a node yields), and in a `history` the timestamp, in milliseconds since 1970, may
+            be left out.
+        metadata: Kept and not used.
+
+    Raises:
+        DatasetError: When an argument is none of these.
+    """
+
+    LOAD_MODES = SAVE_MODES = ("list", "dict", "history")
+
+    _count = 0  # of the values saved so far in mode `list`
+
+    def load(self) -> list[float] | dict[int, float] | list[dict[str, Any]]:
+        """Return all points of the metric."""
+        history = self._history()
+        if self._load_mode == "list":
+            return [metric.value for metric in history]
+        if self._load_mode == "dict":
+            return {metric.step: metric.value for metric in history}
+        return [
+            {"step": metric.step, "value": metric.value, "timestamp": metric.timestamp}
+            for metric in history
+        ]
+
+    def save(self, data: Any) -> None:
+        """Log all points, in as few requests as MLflow allows."""
+        self._log(self._points(self._required_key(), data))
+
+    def _points(self, key: str, data: Any) -> list[Point]:
+        takes = f"Metric '{key}' takes in mode '{self._save_mode}'"
+        if self._save_mode == "dict":
+            items = _items(data, f"{takes} a dictionary {{step: value}}")
+            return [Point(key, _number(value, key), _step(step, key)) for step, value in items]
+        if self._save_mode == "list":
+            values = _elements(data, f"{takes} a list of numbers")
+            start = self._count if self.in_chunks else 0
+            self._count = start + len(values)
+            return [Point(key, _number(value, key), i) for i, value in enumerate(values, start)]
+        rule = f'{takes} a list of {{"step": …, "value": …}}'
+        return [_point(item, key, rule) for item in _elements(data, rule)]
+
+
+class _ManyMetricsDataset(_MetricDataset):
+    """What the datasets of many metrics share: a prefix, by default the name in the catalog."""
+
+    SHOWN = ("prefix", "run_id")
+
+    def __init__(
+        self,
+        run_id: str | None = None,
+        prefix: str | None = None,
+        metadata: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(run_id, metadata)
+        self.prefix = prefix
+
+    def bind(self, *args: Any) -> None:
+        """Bind the dataset to a Kedro run; its name is the prefix when nothing else is."""
+        super().bind(*args)
+        if self.prefix is None:
+            self.prefix = self._name
+
+    def _key(self, name: Any) -> str:
+        return f"{self.prefix}.{name}" if self.prefix else str(name)
+
+    def _is_mine(self, key: str) -> bool:
+        return key.startswith(self._key(""))
+
+    def _values(self) -> dict[str, float]:
+        """Return the value of each metric, which is the last one at its highest step."""
+        run = self._resolve_run()
+        run.flush()
+        with self._reading():
+            metrics = run.server.client.get_run(run.run_id).data.metrics
+        values = {key: value for key, value in metrics.items() if self._is_mine(key)}
+        if not values:
+            which = f"metrics '{self._key('…')}'" if self.prefix else "metrics"
+            raise DatasetError(f"The run {run.run_id} has no {which}.")
+        return values
+
+
+class MlflowMetricsDataset(_ManyMetricsDataset):
+    """Many numbers: `{name: value}`, each logged as `prefix.name`.
+
+    Args:
+        run_id: Run to log to and load from instead of the current one.
+        prefix: Put before each name, with a dot; by default the dataset's name in the catalog,
+            and with an empty string nothing.
+        metadata: Kept and not used.
+    """
+
+    def load(self) -> dict[str, float]:
+        """Return the value of each metric, under the name that it was saved with."""
+        prefix = self._key("")
+        return {key.removeprefix(prefix): value for key, value in self._values().items()}
+
+    def save(self, data: Mapping[str, Any]) -> None:
+        """Log all values in one request."""
+        items = _items(data, "MlflowMetricsDataset takes a dictionary {name: number}")
+        keyed = [(self._key(name), value) for name, value in items]
+        self._log([Point(key, _number(value, key)) for key, value in keyed])
+
+
+class MlflowMetricsHistoryDataset(_ManyMetricsDataset):
+    """Many metrics with steps: `{name: {"step": …, "value": …}}`, or a list of such points.
+
+    Args:
+        run_id: Run to log to and load from instead of the current one.
+        prefix: Put before each name, with a dot; by default the dataset's name in the catalog,
+            and with an empty string nothing.
+        metadata: Kept and not used.
+    """
+
+    def load(self) -> dict[str, Any]:
+        """Return the points of each metric under its full name; a single point as a dictionary."""
+        run = self._resolve_run()
+        loaded: dict[str, Any] = {}
+        for key in self._values():
+            points = [{"step": m.step, "value": m.value} for m in run.metric_history(key)]
+            loaded[key] = points[0] if len(points) == 1 else points
+        return loaded
+
+    def save(self, data: Mapping[str, Any]) -> None:
+        """Log all points, in as few requests as MLflow allows; a point may have a timestamp."""
+        points = []
+        items = _items(data, "MlflowMetricsHistoryDataset takes a dictionary {name: points}")
+        for name, given in items:
+            key = self._key(name)
+            rule = f'Metric \'{key}\' takes {{"step": …, "value": …}} or a list of them'
+            listed = [given] if isinstance(given, Mapping) else _elements(given, rule)
+            points += [_point(item, key, rule) for item in listed]
+        self._log(points)
+
+
+def _check_name(key: str) -> None:
+    """Refuse a name that MLflow refuses, before its point waits to be sent together with others."""
+    from mlflow.utils import validation
+
+    limit = validation.MAX_ENTITY_KEY_LENGTH
+    is_valid = len(key) <= limit and validation.validate_param_and_metric_name(key)
+    if not is_valid or validation.path_not_unique(key):
+        raise DatasetError(
+            f"MLflow refuses the metric name {_shown(key)}: a name has letters, digits, spaces and "
+            f"any of _ - . : /, at most {limit} characters, and no part of it between slashes is "
+            "empty, '.' or '..'."
+        )
 
 
 def _shown(value: Any) -> str:
@@ -84,338 +372,3 @@ def _items(data: Any, rule: str) -> Iterable[tuple[Any, Any]]:
     if not isinstance(data, Mapping) or not data:
         raise DatasetError(f"{rule}, got {_shown(data)}.")
     return data.items()
-
-
-class _MetricDataset(TrackedDataset):
-    """What all datasets of metrics share: points that MLflow takes, and gives back in order."""
-
-    def __init__(self, run_id: str | None, metadata: dict[str, Any] | None) -> None:
-        self.run_id = run_id
-        self.metadata = metadata
-        # Of each metric, the timestamp and the step that the last point got.
-        self._last: dict[str, tuple[int, int]] = {}
-
-    def _log(self, points: Sequence[Point]) -> None:
-        if self._is_tracked:
-            for key in {point.key for point in points}:
-                _check_name(key)
-            self._resolve_run().log_metrics(self._in_order(points))
-
-    def _in_order(self, points: Iterable[Point]) -> Iterator[Point]:
-        """Return each point with a timestamp, which puts it after the point before it.
-
-        MLflow keeps no other order than that of timestamp, step and value, and two points that
-        are equal in these are one. So steps that repeat or fall need milliseconds of their own.
-        """
-        now = int(time.time() * 1000)
-        for point in points:
-            stamped = point
-            if point.timestamp is None:
-                timestamp, step = self._last.get(point.key, (0, 0))
-                timestamp = max(now, timestamp + (point.step <= step))
-                self._last[point.key] = timestamp, point.step
-                stamped = point._replace(timestamp=timestamp)
-            yield stamped
-
-    def _exists(self) -> bool:
-        try:
-            run = self._resolve_run()
-        except DatasetError:  # no run, no metric
-            return False
-        return any(self._is_mine(key) for key in run.metric_keys())
-
-    @abstractmethod
-    def _is_mine(self, key: str) -> bool:
-        """Check whether a metric of the run is one that this dataset saves."""
-
-
-def _check_name(key: str) -> None:
-    """Refuse a name that MLflow refuses, before its point waits to be sent together with others."""
-    from mlflow.utils import validation
-
-    limit = validation.MAX_ENTITY_KEY_LENGTH
-    is_valid = len(key) <= limit and validation.validate_param_and_metric_name(key)
-    if not is_valid or validation.path_not_unique(key):
-        raise DatasetError(
-            f"MLflow refuses the metric name {_shown(key)}: a name has letters, digits, spaces and "
-            f"any of _ - . : /, at most {limit} characters, and no part of it between slashes is "
-            "empty, '.' or '..'."
-        )
-
-
-class _OneMetricDataset(_MetricDataset):
-    """What the datasets of one metric share: its key, by default the name in the catalog."""
-
-    def __init__(
-        self,
-        key: str | None,
-        run_id: str | None,
-        load_args: dict[str, Any] | None,
-        save_args: dict[str, Any] | None,
-        metadata: dict[str, Any] | None,
-    ) -> None:
-        super().__init__(run_id, metadata)
-        self.key = key
-        self._load_args = load_args or {}
-        self._save_args = save_args or {}
-
-    def bind(self, server: Server | None, run: RunHandle | None, name: str) -> None:
-        super().bind(server, run, name)
-        self.key = self.key or self._name
-
-    def _required_key(self) -> str:
-        if not self.key:
-            raise DatasetError(
-                f"{type(self).__name__} needs a `key` outside a Kedro run, where it doesn't know "
-                "its name in the catalog."
-            )
-        return self.key
-
-    def _history(self) -> tuple[RunHandle, list[Metric]]:
-        run, key = self._resolve_run(), self._required_key()
-        with self._reading():
-            history = run.metric_history(key)
-        if not history:
-            raise DatasetError(f"The run {run.run_id} has no metric '{key}'.")
-        return run, history
-
-    def _is_mine(self, key: str) -> bool:
-        return key == self._required_key()
-
-    def _describe(self) -> dict[str, Any]:
-        return {
-            "key": self.key,
-            "run_id": self.run_id,
-            "load_args": self._load_args or None,
-            "save_args": self._save_args or None,
-        }
-
-
-def _checked_mode(arguments: str, given: Mapping[str, Any], modes: tuple[str, ...]) -> str:
-    mode: str = given.get("mode", modes[0])
-    if mode not in modes:
-        raise DatasetError(f"`{arguments}.mode` is one of {', '.join(modes)}, got {mode!r}.")
-    return mode
-
-
-class MlflowMetricDataset(_OneMetricDataset):
-    """One number.
-
-    Args:
-        key: Name of the metric; by default the dataset's name in the catalog.
-        run_id: Run to log to and load from instead of the current one.
-        load_args: `step` to load, instead of the value last logged.
-        save_args: `step` to log at, or `mode`: `overwrite` (default) logs at the last step there
-            is, `append` at the one after; `timestamp` in milliseconds since 1970.
-        metadata: Kept and not used.
-
-    Raises:
-        DatasetError: When an argument is none of these.
-    """
-
-    def __init__(
-        self,
-        key: str | None = None,
-        run_id: str | None = None,
-        load_args: dict[str, Any] | None = None,
-        save_args: dict[str, Any] | None = None,
-        metadata: dict[str, Any] | None = None,
-    ) -> None:
-        super().__init__(key, run_id, load_args, save_args, metadata)
-        self._mode = _checked_mode("save_args", self._save_args, ("overwrite", "append"))
-
-    def load(self) -> float:
-        """Return the value last logged, or the one last logged at the step asked for."""
-        run, history = self._history()
-        step = self._load_args.get("step")
-        if step is not None:
-            wanted = _step(step, self._required_key())
-            history = [metric for metric in history if metric.step == wanted]
-            if not history:
-                raise DatasetError(
-                    f"The run {run.run_id} has no metric '{self.key}' at step {step}."
-                )
-        return history[-1].value
-
-    def save(self, data: float) -> None:
-        """Log one value."""
-        key = self._required_key()
-        value = _number(data, key)
-        timestamp = _timestamp(self._save_args.get("timestamp"), key)
-        step = self._save_args.get("step")
-        if step is not None:
-            step = _step(step, key)
-        elif self._is_tracked:
-            last = self._resolve_run().last_step(key)
-            step = 0 if last is None else last + (self._mode == "append")
-        self._log([Point(key, value, step or 0, timestamp)])
-
-
-class MlflowMetricHistoryDataset(_OneMetricDataset):
-    """One metric over steps.
-
-    Points load in the order of their timestamps, which is the order they were saved in unless
-    the timestamps were given.
-
-    Args:
-        key: Name of the metric; by default the dataset's name in the catalog.
-        run_id: Run to log to and load from instead of the current one.
-        load_args: `mode` of what is loaded: `list` of values (default), `dict` of the last value
-            by step, or `history`, a list of `{"step": …, "value": …, "timestamp": …}`.
-        save_args: `mode` of what is saved; in a `list` the steps count from 0 (over all the lists
-            that a node yields), and in a `history` the timestamp, in milliseconds since 1970, may
-            be left out.
-        metadata: Kept and not used.
-
-    Raises:
-        DatasetError: When an argument is none of these.
-    """
-
-    def __init__(
-        self,
-        key: str | None = None,
-        run_id: str | None = None,
-        load_args: dict[str, Any] | None = None,
-        save_args: dict[str, Any] | None = None,
-        metadata: dict[str, Any] | None = None,
-    ) -> None:
-        super().__init__(key, run_id, load_args, save_args, metadata)
-        modes = ("list", "dict", "history")
-        self._load_mode = _checked_mode("load_args", self._load_args, modes)
-        self._save_mode = _checked_mode("save_args", self._save_args, modes)
-        self._count = 0  # of the values saved so far in mode `list`
-
-    def load(self) -> list[float] | dict[int, float] | list[dict[str, Any]]:
-        """Return all points of the metric."""
-        _, history = self._history()
-        if self._load_mode == "list":
-            return [metric.value for metric in history]
-        if self._load_mode == "dict":
-            return {metric.step: metric.value for metric in history}
-        return [
-            {"step": metric.step, "value": metric.value, "timestamp": metric.timestamp}
-            for metric in history
-        ]
-
-    def save(self, data: Any) -> None:
-        """Log all points, in as few requests as MLflow allows."""
-        self._log(self._points(self._required_key(), data))
-
-    def _points(self, key: str, data: Any) -> list[Point]:
-        takes = f"Metric '{key}' takes in mode '{self._save_mode}'"
-        if self._save_mode == "dict":
-            items = _items(data, f"{takes} a dictionary {{step: value}}")
-            return [Point(key, _number(value, key), _step(step, key)) for step, value in items]
-        if self._save_mode == "list":
-            values = _elements(data, f"{takes} a list of numbers")
-            start = self._count if self.in_chunks else 0
-            self._count = start + len(values)
-            return [Point(key, _number(value, key), i) for i, value in enumerate(values, start)]
-        rule = f'{takes} a list of {{"step": …, "value": …}}'
-        return [_point(item, key, rule) for item in _elements(data, rule)]
-
-
-class _ManyMetricsDataset(_MetricDataset):
-    """What the datasets of many metrics share: a prefix, by default the name in the catalog."""
-
-    def __init__(
-        self, run_id: str | None, prefix: str | None, metadata: dict[str, Any] | None
-    ) -> None:
-        super().__init__(run_id, metadata)
-        self.prefix = prefix
-
-    def bind(self, server: Server | None, run: RunHandle | None, name: str) -> None:
-        super().bind(server, run, name)
-        if self.prefix is None:
-            self.prefix = self._name
-
-    def _key(self, name: Any) -> str:
-        return f"{self.prefix}.{name}" if self.prefix else str(name)
-
-    def _is_mine(self, key: str) -> bool:
-        return key.startswith(self._key(""))
-
-    def _values(self) -> tuple[RunHandle, dict[str, float]]:
-        """Return the value of each metric, which is the last one at its highest step."""
-        run = self._resolve_run()
-        run.flush()
-        with self._reading():
-            metrics = run.server.client.get_run(run.run_id).data.metrics
-        values = {key: value for key, value in metrics.items() if self._is_mine(key)}
-        if not values:
-            which = f"metrics '{self._key('…')}'" if self.prefix else "metrics"
-            raise DatasetError(f"The run {run.run_id} has no {which}.")
-        return run, values
-
-    def _describe(self) -> dict[str, Any]:
-        return {"prefix": self.prefix, "run_id": self.run_id}
-
-
-class MlflowMetricsDataset(_ManyMetricsDataset):
-    """Many numbers: `{name: value}`, each logged as `prefix.name`.
-
-    Args:
-        run_id: Run to log to and load from instead of the current one.
-        prefix: Put before each name, with a dot; by default the dataset's name in the catalog,
-            and with an empty string nothing.
-        metadata: Kept and not used.
-    """
-
-    def __init__(
-        self,
-        run_id: str | None = None,
-        prefix: str | None = None,
-        metadata: dict[str, Any] | None = None,
-    ) -> None:
-        super().__init__(run_id, prefix, metadata)
-
-    def load(self) -> dict[str, float]:
-        """Return the value of each metric, under the name that it was saved with."""
-        _, values = self._values()
-        start = self._key("")
-        return {key.removeprefix(start): value for key, value in values.items()}
-
-    def save(self, data: Mapping[str, Any]) -> None:
-        """Log all values in one request."""
-        items = _items(data, f"{type(self).__name__} takes a dictionary {{name: number}}")
-        keyed = [(self._key(name), value) for name, value in items]
-        self._log([Point(key, _number(value, key)) for key, value in keyed])
-
-
-class MlflowMetricsHistoryDataset(_ManyMetricsDataset):
-    """Many metrics with steps: `{name: {"step": …, "value": …}}`, or a list of such points.
-
-    Args:
-        run_id: Run to log to and load from instead of the current one.
-        prefix: Put before each name, with a dot; by default the dataset's name in the catalog,
-            and with an empty string nothing.
-        metadata: Kept and not used.
-    """
-
-    def __init__(
-        self,
-        run_id: str | None = None,
-        prefix: str | None = None,
-        metadata: dict[str, Any] | None = None,
-    ) -> None:
-        super().__init__(run_id, prefix, metadata)
-
-    def load(self) -> dict[str, Any]:
-        """Return the points of each metric under its full name; a single point as a dictionary."""
-        run, values = self._values()
-        loaded: dict[str, Any] = {}
-        for key in values:
-            points = [{"step": m.step, "value": m.value} for m in run.metric_history(key)]
-            loaded[key] = points[0] if len(points) == 1 else points
-        return loaded
-
-    def save(self, data: Mapping[str, Any]) -> None:
-        """Log all points, in as few requests as MLflow allows; a point may have a timestamp."""
-        items = _items(data, f"{type(self).__name__} takes a dictionary {{name: points}}")
-        points = []
-        for name, given in items:
-            key = self._key(name)
-            rule = f'Metric \'{key}\' takes {{"step": …, "value": …}} or a list of them'
-            listed = [given] if isinstance(given, Mapping) else _elements(given, rule)
-            points += [_point(item, key, rule) for item in listed]
-        self._log(points)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from abc import abstractmethod
 from functools import partial
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
@@ -11,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from kedro.io import AbstractVersionedDataset, DatasetError, Version
 from kedro.io.core import get_protocol_and_path
 
-from ..stores.server import Server
-from ..tracking.handle import RunHandle, attach
-from .base import TrackedDataset
+from ..stores.server import Server, all_results
+from ..tracking.handle import RunHandle
+from .base import ABSENT, TrackedDataset, check, info_of
 from .flavors import Flavor, unpack
 
 if TYPE_CHECKING:
@@ -23,11 +24,100 @@ if TYPE_CHECKING:
 # Characters that MLflow refuses in the name of a logged model.
 REFUSED_IN_NAME = re.compile(r"[/:.%\"']")
 
-# What MLflow answers when a run, a model, a version or an alias isn't there.
-_ABSENT = ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND", "INVALID_PARAMETER_VALUE")
+
+class _ModelDataset(TrackedDataset):
+    """What the datasets of models on a server share: they load by the URI of the model."""
+
+    def __init__(
+        self,
+        flavor: str,
+        pyfunc_workflow: str | None,
+        load_args: dict[str, Any] | None,
+        metadata: dict[str, Any] | None,
+    ) -> None:
+        self.flavor = Flavor(flavor, pyfunc_workflow)
+        self.load_args = dict(load_args or {})
+        self.metadata = metadata
+
+    @property
+    @abstractmethod
+    def model_uri(self) -> str:
+        """The URI of the model that would be loaded."""
+
+    @property
+    def _is_of_run(self) -> bool:
+        """Whether the model is one of the current run, and so where that is."""
+        return False
+
+    def load(self) -> Any:
+        """Load the model."""
+        return self.flavor.load(self._source(), self.load_args)
+
+    def copy_to(self, folder: Path) -> dict[str, Any]:
+        """Copy the model that would be loaded to a local folder.
+
+        Returns:
+            The configuration of the dataset that loads the copy.
+        """
+        from mlflow.artifacts import download_artifacts
+        from mlflow.exceptions import MlflowException
+
+        target, source = folder / "model", self._source()
+        target.mkdir()
+        try:
+            download_artifacts(source, dst_path=str(target))
+        except MlflowException as error:
+            raise DatasetError(f"The model {source} can't be fetched: {error.message}") from error
+        return {
+            "type": MlflowModelLocalFileSystemDataset,
+            "filepath": target.name,
+            "flavor": self.flavor.name,
+            "pyfunc_workflow": self.flavor.workflow,
+            "load_args": self.load_args,
+        }
+
+    def _source(self) -> str:
+        """Return where MLflow loads the model from: one of another server is downloaded."""
+        with self._reading():
+            uri = self.model_uri
+            if self._other_server and not self._is_of_run:
+                return _download(self._other_server, uri)
+        self._use_server()
+        return uri
+
+    def _use_server(self) -> None:
+        """Point `mlflow.…` at where the run is, or at the project's server when there is none."""
+        if server := self._run.server if self._run else self._server:
+            server.use()
+
+    def _exists(self) -> bool:
+        """Check whether the URI leads to a model; only its description is fetched."""
+        from mlflow.exceptions import MlflowException
+        from mlflow.models import get_model_info
+
+        self._use_server()
+        try:
+            uri, server = self.model_uri, self._other_server
+            get_model_info(_address(server, uri) if server else uri)
+        except MlflowException as error:
+            # A stage without versions has no code of its own.
+            if error.error_code not in ABSENT and "No versions of model" not in error.message:
+                raise
+            return False
+        except OSError:  # a folder that has no model
+            return False
+        return True
+
+    def _describe(self) -> dict[str, Any]:
+        return {
+            **super()._describe(),
+            "flavor": self.flavor.name,
+            "pyfunc_workflow": self.flavor.workflow,
+            "load_args": self.load_args or None,
+        }
 
 
-class MlflowModelTrackingDataset(TrackedDataset):
+class MlflowModelTrackingDataset(_ModelDataset):
     """A model logged to the run, and loaded from it.
 
     A node may return `(model, arguments)` for more arguments of `log_model`, such as
@@ -51,6 +141,8 @@ class MlflowModelTrackingDataset(TrackedDataset):
             `run_id` are given, or an alias without a `registered_model_name`.
     """
 
+    SHOWN = ("run_id", "save_args", "registered_model_alias")
+
     def __init__(
         self,
         flavor: str,
@@ -59,54 +151,50 @@ class MlflowModelTrackingDataset(TrackedDataset):
         save_args: dict[str, Any] | None = None,
         metadata: dict[str, Any] | None = None,
     ) -> None:
-        self._flavor = Flavor(flavor, pyfunc_workflow)
-        self._load_args = dict(load_args or {})
-        self._given_uri: str | None = self._load_args.pop("model_uri", None)
-        self._given_run: str | None = self._load_args.pop("run_id", None)
-        if self._given_uri and self._given_run:
+        super().__init__(flavor, pyfunc_workflow, load_args, metadata)
+        self._given_uri: str | None = self.load_args.pop("model_uri", None)
+        self.run_id = self.load_args.pop("run_id", None)
+        if self._given_uri and self.run_id:
             raise DatasetError(
                 "`load_args` takes a `model_uri` or a `run_id`, "
-                f"got {self._given_uri!r} and {self._given_run!r}."
+                f"got {self._given_uri!r} and {self.run_id!r}."
             )
-        self._save_args = dict(save_args or {})
-        self._alias: str | None = self._save_args.pop("registered_model_alias", None)
-        if self._alias and not self._save_args.get("registered_model_name"):
+        self.save_args = dict(save_args or {})
+        self.registered_model_alias = self.save_args.pop("registered_model_alias", None)
+        if self.registered_model_alias and not self.save_args.get("registered_model_name"):
             raise DatasetError(
                 "`registered_model_alias` needs a `registered_model_name` beside it, "
-                f"got {self._alias!r} alone."
+                f"got {self.registered_model_alias!r} alone."
             )
-        self.metadata = metadata
         self.model_info: ModelInfo | None = None
         self._untracked: Any = None
 
     def bind(self, *args: Any) -> None:
-        """Tie the dataset to a Kedro run, and forget what it saved in an earlier one."""
+        """Bind the dataset to a Kedro run, and forget what it saved in an earlier one."""
         super().bind(*args)
         self.model_info = self._untracked = None
 
     def load(self) -> Any:
         """Load the model."""
-        if self._untracked is not None:
-            return self._untracked
-        return self._flavor.load(self._place(self.model_uri), self._load_args)
+        return super().load() if self._untracked is None else self._untracked
 
     def save(self, data: Any) -> None:
         """Log the model, and register it when `save_args` has a `registered_model_name`."""
-        if given := self._given_uri or self._given_run:
+        if given := self._given_uri or self.run_id:
             raise DatasetError(
                 f"A dataset with `load_args.model_uri` or `load_args.run_id` ({given}) is for "
                 "loading only: MLflow's models can't be overwritten."
             )
-        model, arguments = unpack(data, self._save_args)
+        model, arguments = unpack(data, self.save_args)
         if not self._is_tracked:
             self._untracked = model
             return
         if "artifact_path" not in arguments:  # MLflow's earlier word for `name`
             arguments.setdefault("name", self._model_name())
         self.model_info = self._resolve_run().log_model(
-            partial(self._flavor.log, model, arguments),
+            partial(self.flavor.log, model, arguments),
             arguments.get("registered_model_name"),
-            self._alias,
+            self.registered_model_alias,
         )
 
     @property
@@ -116,11 +204,8 @@ class MlflowModelTrackingDataset(TrackedDataset):
             return self._given_uri
         if self.model_info:
             return self.model_info.model_uri
-        if self._given_run:
-            run = attach(self._server, self._given_run) or self._resolve_run()
-        else:
-            run = self._resolve_run()
         # Another process of this run may have saved it.
+        run = self._resolve_run()
         saved = self._last_saved_in(run)
         if saved is None:
             raise DatasetError(
@@ -129,46 +214,30 @@ class MlflowModelTrackingDataset(TrackedDataset):
             )
         return saved.model_uri
 
-    def copy_to(self, folder: Path) -> dict[str, Any]:
-        """Copy the model that would be loaded to a local folder."""
-        return _copy_model(self._place(self.model_uri), folder, self._flavor, self._load_args)
-
-    def _place(self, uri: str) -> str:
-        """Return where MLflow loads the model from; one of another run may be elsewhere."""
-        with self._reading():
-            if self._other_server and (self._given_uri or self._given_run):
-                return fetch_model(self._other_server, uri)
-        self._use_server()
-        return uri
+    @property
+    def _is_of_run(self) -> bool:
+        return not (self._given_uri or self.run_id)
 
     def _last_saved_in(self, run: RunHandle) -> LoggedModel | None:
         from mlflow.entities import LoggedModelStatus
 
-        client, token = run.server.client, None
-        experiment = run.experiment_id or _experiment_of(run)
-        while True:
-            # Not every server can be asked for the models of a run.
-            page = client.search_logged_models(
-                [experiment],
-                filter_string=f"name = '{self._model_name()}'",
-                order_by=[{"field_name": "creation_timestamp", "ascending": False}],
-                page_token=token,
-            )
-            for model in page:
-                if model.source_run_id == run.run_id and model.status == LoggedModelStatus.READY:
-                    return model
-            token = page.token
-            if not token:
-                return None
+        models = all_results(
+            run.server.client.search_logged_models,
+            [run.experiment_id or info_of(run).experiment_id],
+            filter_string=f"name = '{self._model_name()}'",
+            order_by=[{"field_name": "creation_timestamp", "ascending": False}],
+        )
+        # Not every server can be asked for the models of a run.
+        of_run = (model for model in models if model.source_run_id == run.run_id)
+        return next((m for m in of_run if m.status == LoggedModelStatus.READY), None)
 
     def _model_name(self) -> str:
-        given = self._save_args.get("name") or self._save_args.get("artifact_path")
+        given = self.save_args.get("name") or self.save_args.get("artifact_path")
         return str(given or REFUSED_IN_NAME.sub("_", self._name or "model"))
 
     def _exists(self) -> bool:
         if self._given_uri:
-            self._use_server()
-            return _is_there(self._given_uri, self._other_server)
+            return super()._exists()
         try:
             return bool(self.model_uri)
         except DatasetError:
@@ -178,46 +247,32 @@ class MlflowModelTrackingDataset(TrackedDataset):
         self._untracked = None
 
     def _describe(self) -> dict[str, Any]:
-        return {
-            "flavor": self._flavor.name,
-            "pyfunc_workflow": self._flavor.workflow,
-            "model_uri": self._given_uri or (self.model_info and self.model_info.model_uri),
-            "run_id": self._given_run,
-            "load_args": self._load_args or None,
-            "save_args": self._save_args or None,
-            "registered_model_alias": self._alias,
-        }
+        known = self._given_uri or (self.model_info and self.model_info.model_uri)
+        return {**super()._describe(), "model_uri": known}
 
 
-def _experiment_of(run: RunHandle) -> str:
-    from mlflow.exceptions import MlflowException
+def _download(server: Server, uri: str) -> str:
+    """Download a model from a server, whatever `mlflow.…` in this process is pointed at."""
+    from mlflow.artifacts import download_artifacts
 
-    try:
-        return str(run.server.client.get_run(run.run_id).info.experiment_id)
-    except MlflowException as error:
-        if error.error_code not in _ABSENT:
-            raise
-        raise DatasetError(f"There is no run {run.run_id!r} to load a model of.") from error
+    return download_artifacts(
+        _address(server, uri), tracking_uri=server.tracking_uri, registry_uri=server.registry_uri
+    )
 
 
-def _is_there(uri: str, elsewhere: Server | None) -> bool:
-    """Check whether a URI leads to a model; only its description is fetched."""
-    from mlflow.exceptions import MlflowException
-    from mlflow.models import get_model_info
+def _address(server: Server, uri: str) -> str:
+    """Return where a server has the files of a model: MLflow asks only the one that is in use."""
+    from mlflow.store.artifact.utils.models import get_model_name_and_version
 
-    try:
-        get_model_info(_location(elsewhere, uri) if elsewhere else uri)
-    except MlflowException as error:
-        # A stage without versions has no code of its own.
-        if error.error_code not in _ABSENT and "No versions of model" not in error.message:
-            raise
-        return False
-    except OSError:  # a folder that has no model
-        return False
-    return True
+    if not uri.startswith("models:"):
+        return uri
+    model = get_model_name_and_version(server.client, uri)
+    if len(model) == 1:  # the id of a logged model
+        return str(server.client.get_logged_model(model[0]).artifact_location)
+    return _address(server, server.client.get_model_version_download_uri(*model))
 
 
-class MlflowModelRegistryDataset(TrackedDataset):
+class MlflowModelRegistryDataset(_ModelDataset):
     """A registered model, to load.
 
     Args:
@@ -233,6 +288,8 @@ class MlflowModelRegistryDataset(TrackedDataset):
         DatasetError: When both an alias and a version are given.
     """
 
+    SHOWN = ("model_uri",)
+
     def __init__(
         self,
         model_name: str,
@@ -243,17 +300,15 @@ class MlflowModelRegistryDataset(TrackedDataset):
         load_args: dict[str, Any] | None = None,
         metadata: dict[str, Any] | None = None,
     ) -> None:
+        super().__init__(flavor, pyfunc_workflow, load_args, metadata)
         if alias is not None and stage_or_version is not None:
             raise DatasetError(
                 "`alias` and `stage_or_version` exclude each other, "
                 f"got {alias!r} and {stage_or_version!r}."
             )
-        self._flavor = Flavor(flavor, pyfunc_workflow)
-        self._load_args = dict(load_args or {})
         self.model_name = model_name
         self.stage_or_version = stage_or_version
         self.alias = alias
-        self.metadata = metadata
 
     @property
     def model_uri(self) -> str:
@@ -263,43 +318,12 @@ class MlflowModelRegistryDataset(TrackedDataset):
         version = "latest" if self.stage_or_version is None else self.stage_or_version
         return f"models:/{self.model_name}/{version}"
 
-    def load(self) -> Any:
-        """Load the model."""
-        return self._flavor.load(self._place(), self._load_args)
-
-    def copy_to(self, folder: Path) -> dict[str, Any]:
-        """Copy the registered model to a local folder."""
-        return _copy_model(self._place(), folder, self._flavor, self._load_args)
-
-    def _place(self) -> str:
-        """Return where MLflow loads the model from."""
-        with self._reading():
-            if self._other_server:
-                return fetch_model(self._other_server, self.model_uri)
-        self._use_server()
-        return self.model_uri
-
     def save(self, data: Any) -> None:  # noqa: ARG002
-        """Refuse: a model gets into the registry by being logged.
-
-        Raises:
-            DatasetError: Always.
-        """
+        """Raise an error: a model gets into the registry by being logged."""
         raise DatasetError(
             "MlflowModelRegistryDataset only loads. To register a model, save it with "
             "MlflowModelTrackingDataset and `save_args: {registered_model_name: …}`."
         )
-
-    def _exists(self) -> bool:
-        self._use_server()
-        return _is_there(self.model_uri, self._other_server)
-
-    def _describe(self) -> dict[str, Any]:
-        return {
-            "model_uri": self.model_uri,
-            "flavor": self._flavor.name,
-            "load_args": self._load_args or None,
-        }
 
 
 class MlflowModelLocalFileSystemDataset(AbstractVersionedDataset[Any, Any]):
@@ -335,15 +359,11 @@ class MlflowModelLocalFileSystemDataset(AbstractVersionedDataset[Any, Any]):
         metadata: dict[str, Any] | None = None,
     ) -> None:
         protocol, path = get_protocol_and_path(filepath)
-        if protocol != "file":
-            raise DatasetError(
-                f"`filepath` is a local folder, got {filepath!r}: MLflow saves models to local "
-                "disks. For other places there is MlflowModelTrackingDataset."
-            )
+        check(protocol == "file", "filepath", "is a local folder", filepath)
         super().__init__(PurePosixPath(path), version)
-        self._flavor = Flavor(flavor, pyfunc_workflow)
-        self._load_args = dict(load_args or {})
-        self._save_args = dict(save_args or {})
+        self.flavor = Flavor(flavor, pyfunc_workflow)
+        self.load_args = dict(load_args or {})
+        self.save_args = dict(save_args or {})
         self.metadata = metadata
 
     def load(self) -> Any:
@@ -351,31 +371,26 @@ class MlflowModelLocalFileSystemDataset(AbstractVersionedDataset[Any, Any]):
         folder = Path(self._get_load_path())
         if not _is_model(folder):
             raise DatasetError(f"There is no model at {folder}. Save one first.")
-        return self._flavor.load(str(folder.resolve()), self._load_args)
+        return self.flavor.load(str(folder.resolve()), self.load_args)
 
     def save(self, data: Any) -> None:
         """Write the model; one that is there already stays until the new one is complete."""
-        model, arguments = unpack(data, self._save_args)
+        model, arguments = unpack(data, self.save_args)
         target = Path(self._get_save_path())
-        if _is_something_else(target):
+        if target.exists() and not _is_model(target) and not _is_empty_folder(target):
             raise DatasetError(
                 f"{target} isn't replaced, because it isn't a model that MLflow saved. "
                 "`filepath` is a folder that holds nothing but the model."
             )
-        place = Path(self._filepath).parent
-        place.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix=f".{self._filepath.name}.", dir=place) as folder:
-            draft, former = Path(folder, "new"), Path(folder, "former")
-            self._flavor.save(model, draft, arguments)
+        parent = Path(self._filepath).parent
+        parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=f".{self._filepath.name}.", dir=parent) as folder:
+            new = Path(folder, "new")
+            self.flavor.save(model, new, arguments)
             target.parent.mkdir(parents=True, exist_ok=True)
             if target.exists():
-                target.rename(former)
-            try:
-                draft.rename(target)
-            except OSError:
-                if former.exists():
-                    former.rename(target)
-                raise
+                target.rename(Path(folder, "former"))
+            new.rename(target)
 
     def _exists(self) -> bool:
         return _is_model(Path(self._get_load_path()))
@@ -383,76 +398,17 @@ class MlflowModelLocalFileSystemDataset(AbstractVersionedDataset[Any, Any]):
     def _describe(self) -> dict[str, Any]:
         return {
             "filepath": self._filepath,
-            "flavor": self._flavor.name,
-            "pyfunc_workflow": self._flavor.workflow,
-            "load_args": self._load_args or None,
-            "save_args": self._save_args or None,
+            "flavor": self.flavor.name,
+            "pyfunc_workflow": self.flavor.workflow,
+            "load_args": self.load_args or None,
+            "save_args": self.save_args or None,
             "version": self._version,
         }
-
-
-def fetch_model(server: Server, uri: str) -> str:
-    """Download a model from a server, whatever `mlflow.…` in this process is pointed at.
-
-    Args:
-        server: Where the model is.
-        uri: `models:/…`, `runs:/…` or the address of a folder.
-
-    Returns:
-        The folder that it is in now.
-    """
-    from mlflow.artifacts import download_artifacts
-
-    return download_artifacts(
-        _location(server, uri),
-        tracking_uri=server.tracking_uri,
-        registry_uri=server.registry_uri,
-    )
-
-
-def _location(server: Server, uri: str) -> str:
-    """Return where a server has the files of a model: MLflow asks only the one that is in use."""
-    from mlflow.store.artifact.utils.models import get_model_name_and_version
-
-    client = server.client
-    if uri.startswith("models:"):
-        found = get_model_name_and_version(client, uri)
-        if len(found) == 2:
-            uri = client.get_model_version_download_uri(*found)
-            found = get_model_name_and_version(client, uri) if uri.startswith("models:") else found
-        if len(found) == 1:
-            return str(client.get_logged_model(found[0]).artifact_location)
-    return uri
-
-
-def _copy_model(
-    uri: str, folder: Path, flavor: Flavor, load_args: dict[str, Any]
-) -> dict[str, Any]:
-    """Fetch a model into a folder; gives the dataset that loads it from there."""
-    from mlflow.artifacts import download_artifacts
-    from mlflow.exceptions import MlflowException
-
-    target = folder / "model"
-    target.mkdir()
-    try:
-        download_artifacts(uri, dst_path=str(target))
-    except MlflowException as error:
-        raise DatasetError(f"The model {uri} can't be fetched: {error.message}") from error
-    return {
-        "type": MlflowModelLocalFileSystemDataset,
-        "filepath": target.name,
-        "flavor": flavor.name,
-        "pyfunc_workflow": flavor.workflow,
-        "load_args": load_args,
-    }
 
 
 def _is_model(folder: Path) -> bool:
     return (folder / "MLmodel").is_file()
 
 
-def _is_something_else(target: Path) -> bool:
-    """Check whether there is something that a model must not replace."""
-    if target.is_dir():
-        return any(target.iterdir()) and not _is_model(target)
-    return target.exists()
+def _is_empty_folder(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())

@@ -11,9 +11,8 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from .._kedro import uncached
-from .artifacts import log_file
 from .base import TrackedDataset
-from .files import has_file
+from .files import has_file, log_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -6,6 +6,7 @@ import json
 import logging
 import threading
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -13,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 from kedro.io import DatasetError
 
 from .._mlflow import default_experiment_id
-from ..stores.server import Server
+from ..stores.server import Server, all_results
 from ..tracking.handle import RunHandle, attach
-from .artifacts import fetch, folder_of, has_artifact
-from .base import TrackedDataset
+from .base import TrackedDataset, check, mode_of
+from .files import fetch, folder_of, has_artifact
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -61,6 +62,8 @@ class MlflowTableDataset(TrackedDataset):
         DatasetError: When an argument is none of these.
     """
 
+    SHOWN = ("artifact_file", "run_id", "load_args", "save_args")
+
     def __init__(
         self,
         artifact_file: str | None = None,
@@ -71,19 +74,19 @@ class MlflowTableDataset(TrackedDataset):
     ) -> None:
         self.artifact_file = _checked_file(artifact_file) if artifact_file else None
         self.run_id = run_id
-        self._load_args = _only("load_args", load_args, ("run_ids", "extra_columns"))
-        self._save_args = _only("save_args", save_args, ("mode",))
+        self.load_args = _checked_args("load_args", load_args, ("run_ids", "extra_columns"))
+        self.save_args = _checked_args("save_args", save_args, ("mode",))
         self.metadata = metadata
-        self._run_ids = _texts("load_args.run_ids", self._load_args.get("run_ids"))
-        self._extra = _columns("load_args.extra_columns", self._load_args.get("extra_columns"))
-        self._mode = self._save_args.get("mode", "overwrite")
-        if self._mode not in ("overwrite", "append"):
-            raise DatasetError(f"`save_args.mode` is one of overwrite, append, got {self._mode!r}.")
+        self._run_ids = _list_of_texts("load_args.run_ids", self.load_args.get("run_ids"))
+        self._extra = _checked_columns(
+            "load_args.extra_columns", self.load_args.get("extra_columns")
+        )
+        self._mode = mode_of("save_args", self.save_args, ("overwrite", "append"))
         self._chunks: list[pd.DataFrame] = []  # what a node has yielded so far
 
-    def bind(self, server: Server | None, run: RunHandle | None, name: str) -> None:
-        """Tie the dataset to a Kedro run; its name names the file when nothing else does."""
-        super().bind(server, run, name)
+    def bind(self, *args: Any) -> None:
+        """Bind the dataset to a Kedro run; its name names the file when nothing else does."""
+        super().bind(*args)
         self._chunks = []
         self.artifact_file = self.artifact_file or f"{self._name}.json"
 
@@ -100,7 +103,7 @@ class MlflowTableDataset(TrackedDataset):
         """Log a DataFrame, a dictionary of lists, or a dictionary that is one row."""
         import pandas as pd
 
-        file, table = self._required_file(), _table(data)
+        file, table = self._required_file(), _frame_of_data(data)
         if not self._is_tracked:
             return
         run = self._resolve_run()
@@ -109,7 +112,7 @@ class MlflowTableDataset(TrackedDataset):
             table = pd.concat(self._chunks, ignore_index=True)
         with _listing:
             if self._mode == "overwrite" and has_artifact(run, PurePosixPath(file)):
-                _empty(run, file)
+                _make_empty(run, file)
             try:
                 run.server.client.log_table(run.run_id, table, file)
             except json.JSONDecodeError:  # MLflow 3.17 cuts a list that is too long for its tag
@@ -117,35 +120,18 @@ class MlflowTableDataset(TrackedDataset):
 
     def _of_run(self, run: RunHandle) -> pd.DataFrame:
         file = self._required_file()
-        table = _read(run, file)
+        table = _read_table(run, file)
         if self._extra:
-            of_run = _frame([run.server.client.get_run(run.run_id)], self._extra)
+            of_run = _frame_of_runs([run.server.client.get_run(run.run_id)], self._extra)
             for column in self._extra:
                 table[f"{column}_" if column in table else column] = of_run[column].iloc[0]
         return table
 
     def _required_file(self) -> str:
-        if not self.artifact_file:
-            raise DatasetError(
-                "MlflowTableDataset needs an `artifact_file` outside a Kedro run, where it "
-                "doesn't know its name in the catalog."
-            )
-        return _checked_file(self.artifact_file)
+        return _checked_file(self._required("an `artifact_file`", self.artifact_file))
 
-    def _exists(self) -> bool:
-        try:
-            run = self._resolve_run()
-        except DatasetError:  # no run, no table
-            return False
+    def _is_in(self, run: RunHandle) -> bool:
         return has_artifact(run, PurePosixPath(self._required_file()))
-
-    def _describe(self) -> dict[str, Any]:
-        return {
-            "artifact_file": self.artifact_file,
-            "run_id": self.run_id,
-            "load_args": self._load_args or None,
-            "save_args": self._save_args or None,
-        }
 
 
 class MlflowRunsDataset(TrackedDataset):
@@ -170,6 +156,8 @@ class MlflowRunsDataset(TrackedDataset):
         DatasetError: When an argument is none of these.
     """
 
+    SHOWN = ("filter", "order_by", "limit", "columns", "experiment_names", "include_current")
+
     def __init__(
         self,
         filter: str | None = None,  # noqa: A002
@@ -181,20 +169,20 @@ class MlflowRunsDataset(TrackedDataset):
         metadata: dict[str, Any] | None = None,
     ) -> None:
         given: Any = limit
-        if given is not None and not (isinstance(given, int) and given > 0):
-            raise DatasetError(f"`limit` is a number of runs from 1, got {given!r}.")
+        is_number = isinstance(given, int) and given > 0
+        check(given is None or is_number, "limit", "is a number of runs from 1", given)
         self.filter = filter
-        self.order_by = _texts("order_by", order_by)
+        self.order_by = _list_of_texts("order_by", order_by)
         self.limit = limit
-        self.columns = _columns("columns", columns)
-        self.experiment_names = _texts("experiment_names", experiment_names)
+        self.columns = _checked_columns("columns", columns)
+        self.experiment_names = _list_of_texts("experiment_names", experiment_names)
         self.include_current = include_current
         self.metadata = metadata
 
     def load(self) -> pd.DataFrame:
         """Search the runs, and return a table of them."""
         with self._reading():
-            return _frame(self._search(), self.columns)
+            return _frame_of_runs(self._search(), self.columns)
 
     def _search(self) -> list[Run]:
         server = self._server or Server.in_use()
@@ -205,29 +193,20 @@ class MlflowRunsDataset(TrackedDataset):
             run.flush()
         elif run:
             conditions.append(f"attributes.run_id != '{run.run_id}'")
-        runs: list[Run] = []
-        token = None
-        while experiments and (self.limit is None or len(runs) < self.limit):
-            # Not `mlflow.search_runs`, which asks the server that the process points at.
-            page = server.client.search_runs(
-                experiments,
-                " and ".join(conditions),
-                max_results=min(PAGE, self.limit - len(runs)) if self.limit else PAGE,
-                order_by=self.order_by,
-                page_token=token,
-            )
-            runs += page
-            token = page.token
-            if not token:
-                break
-        return runs
+        if not experiments:
+            return []
+        # Not `mlflow.search_runs`, which asks the server that the process points at.
+        runs = all_results(
+            server.client.search_runs,
+            experiments,
+            " and ".join(conditions),
+            max_results=min(PAGE, self.limit or PAGE),
+            order_by=self.order_by,
+        )
+        return list(islice(runs, self.limit))
 
     def save(self, data: Any) -> None:  # noqa: ARG002
-        """Refuse: runs are what other datasets log to.
-
-        Raises:
-            DatasetError: Always.
-        """
+        """Raise an error: runs are what other datasets log to."""
         raise DatasetError(
             "MlflowRunsDataset only loads. To log to a run, save with MlflowMetricsDataset, "
             "MlflowTableDataset or another of the Mlflow datasets."
@@ -246,51 +225,44 @@ class MlflowRunsDataset(TrackedDataset):
                     "MlflowRunsDataset needs `experiment_names` in a pipeline that isn't tracked."
                 )
             return [default_experiment_id()]
-        found = {name: client.get_experiment_by_name(name) for name in self.experiment_names}
-        if missing := [name for name, experiment in found.items() if experiment is None]:
-            raise DatasetError(f"`experiment_names`: there is no experiment {missing[0]!r}.")
-        return [experiment.experiment_id for experiment in found.values() if experiment]
+        ids = []
+        for name in self.experiment_names:
+            experiment = client.get_experiment_by_name(name)
+            if experiment is None:
+                raise DatasetError(f"`experiment_names`: there is no experiment {name!r}.")
+            ids.append(experiment.experiment_id)
+        return ids
 
     def _exists(self) -> bool:
         return True
 
-    def _describe(self) -> dict[str, Any]:
-        return {
-            "filter": self.filter,
-            "order_by": self.order_by or None,
-            "limit": self.limit,
-            "columns": self.columns or None,
-            "experiment_names": self.experiment_names or None,
-            "include_current": self.include_current or None,
-        }
 
-
-def _only(name: str, given: dict[str, Any] | None, known: Sequence[str]) -> dict[str, Any]:
-    if unknown := [key for key in given or {} if key not in known]:
-        raise DatasetError(f"`{name}` takes {' and '.join(known)}, got {unknown[0]!r}.")
+def _checked_args(
+    argument: str, given: dict[str, Any] | None, known: Sequence[str]
+) -> dict[str, Any]:
+    for key in given or {}:
+        check(key in known, argument, f"takes {' and '.join(known)}", key)
     return given or {}
 
 
-def _texts(name: str, given: Any) -> list[str]:
+def _list_of_texts(argument: str, given: Any) -> list[str]:
     """Return a list of texts, which may be given as one text or be missing."""
     texts = [given] if isinstance(given, str) else list(given or ())
-    if wrong := [text for text in texts if not isinstance(text, str)]:
-        raise DatasetError(f"`{name}` is a list of texts, got {wrong[0]!r} in it.")
+    for text in texts:
+        if not isinstance(text, str):
+            raise DatasetError(f"`{argument}` is a list of texts, got {text!r} in it.")
     return texts
 
 
-def _columns(name: str, given: Any) -> list[str]:
-    columns = _texts(name, given)
+def _checked_columns(argument: str, given: Any) -> list[str]:
+    columns = _list_of_texts(argument, given)
+    rule = f"are among {', '.join(_ATTRIBUTES)}, metrics.…, params.… and tags.…"
     for column in columns:
-        if column not in _ATTRIBUTES and not column.startswith(_GROUPS):
-            raise DatasetError(
-                f"`{name}` are among {', '.join(_ATTRIBUTES)}, metrics.…, params.… and tags.…, "
-                f"got {column!r}."
-            )
+        check(column in _ATTRIBUTES or column.startswith(_GROUPS), argument, rule, column)
     return columns
 
 
-def _frame(runs: Sequence[Run], columns: Sequence[str]) -> pd.DataFrame:
+def _frame_of_runs(runs: Sequence[Run], columns: Sequence[str]) -> pd.DataFrame:
     """Return a table with a row for each run; without `columns` with all that any run has."""
     import pandas as pd
 
@@ -301,8 +273,8 @@ def _frame(runs: Sequence[Run], columns: Sequence[str]) -> pd.DataFrame:
         | {f"tags.{name}": value for name, value in run.data.tags.items()}
         for run in runs
     ]
-    found = sorted({name for row in rows for name in row} - {*_ATTRIBUTES})
-    frame = pd.DataFrame(rows).reindex(columns=[*(columns or [*_ATTRIBUTES, *found])])
+    others = sorted({name for row in rows for name in row} - {*_ATTRIBUTES})
+    frame = pd.DataFrame(rows).reindex(columns=[*(columns or [*_ATTRIBUTES, *others])])
     for time in frame.columns.intersection(_TIMES):
         frame[time] = pd.to_datetime(frame[time].astype("Int64"), unit="ms", utc=True)
     return frame
@@ -310,29 +282,29 @@ def _frame(runs: Sequence[Run], columns: Sequence[str]) -> pd.DataFrame:
 
 def _checked_file(file: str) -> str:
     path = PurePosixPath(file)
-    is_outside = path.is_absolute() or ".." in path.parts
-    if is_outside or set(_REFUSED) & set(file) or path.suffix not in (".json", ".parquet"):
-        raise DatasetError(
-            f"`artifact_file` is a path inside the run's artifacts without {' '.join(_REFUSED)} "
-            f"that ends in .json or .parquet, got {file!r}."
-        )
+    is_inside = not (path.is_absolute() or ".." in path.parts or set(_REFUSED) & set(file))
+    rule = (
+        f"is a path inside the run's artifacts without {' '.join(_REFUSED)} "
+        "that ends in .json or .parquet"
+    )
+    check(is_inside and path.suffix in (".json", ".parquet"), "artifact_file", rule, file)
     return str(path)
 
 
-def _table(data: Any) -> pd.DataFrame:
+def _frame_of_data(data: Any) -> pd.DataFrame:
     """Return a new table of a DataFrame, a dictionary of columns, or a dictionary that is a row."""
     import pandas as pd
 
     if not isinstance(data, pd.DataFrame | Mapping):
-        kind = type(data).__name__
         raise DatasetError(
-            f"MlflowTableDataset takes a DataFrame or a dictionary of lists, got {kind}."
+            "MlflowTableDataset takes a DataFrame or a dictionary of lists, "
+            f"got {type(data).__name__}."
         )
     is_row = isinstance(data, Mapping) and not any(map(pd.api.types.is_list_like, data.values()))
     return pd.DataFrame([data] if is_row else data)
 
 
-def _read(run: RunHandle, file: str) -> pd.DataFrame:
+def _read_table(run: RunHandle, file: str) -> pd.DataFrame:
     """Return a table of a run.
 
     Not with MLflow's `load_table`: it makes the number 7 of the text "007", and finds no table
@@ -348,7 +320,7 @@ def _read(run: RunHandle, file: str) -> pd.DataFrame:
         return pd.DataFrame(content["data"], columns=content["columns"])
 
 
-def _empty(run: RunHandle, file: str) -> None:
+def _make_empty(run: RunHandle, file: str) -> None:
     """Replace a table with an empty one: to a table that is there `log_table` adds its rows."""
     import pandas as pd
 

@@ -23,9 +23,10 @@ from mlflow.types import Schema
 
 from .._kedro import uncached
 from ..datasets.models import REFUSED_IN_NAME
-from ..datasets.requirements import INSTALLED, of_project, sources, with_requirements
+from ..datasets.requirements import with_requirements
 from .pipeline_ml import PipelineError
 from .pipeline_model import KedroPipelineModel, is_in_memory
+from .requirements import INSTALLED, of_project, sources
 
 if TYPE_CHECKING:
     from kedro.io import DataCatalog

@@ -11,7 +11,6 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
-import cloudpickle  # type: ignore[import-untyped] # comes with MLflow
 import kedro.runner
 from kedro.io import (
     AbstractDataset,
@@ -28,8 +27,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
 from .._kedro import keep_hooks_out, uncached, without_confirms
-from ..datasets.base import TrackedDataset
-from ..datasets.files import copy_files, load_copy
+from . import copies
 from .pipeline_ml import PipelineError, PipelineML, check_inference
 
 # How Kedro's MemoryDataset may hand out what it has; None lets it choose by the kind of data.
@@ -43,9 +41,6 @@ _NO_HOOKS = "model:no_hooks"
 
 # Kinds of arguments that need not be given.
 _VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-
-# Where a dataset that is in no file has its data.
-_PICKLE = "data.pkl"
 
 
 class KedroPipelineModel(PythonModel):
@@ -140,7 +135,7 @@ class KedroPipelineModel(PythonModel):
         for name, dataset in self._datasets.items():
             folder = _new_folder(parameters_saving_folder / _file_name(name))
             try:
-                self._sources[name] = _copy(dataset, folder)
+                self._sources[name] = copies.copy(dataset, folder)
             except DatasetError as error:
                 raise DatasetError(f"{name!r} can't be copied into the model: {error}") from error
             artifacts[name] = str(folder)
@@ -151,7 +146,10 @@ class KedroPipelineModel(PythonModel):
         artifacts = context.artifacts or {}
         for given in (self._sources, artifacts):
             self._expect(given, "log_model needs the artifacts of extract_pipeline_artifacts")
-        loaded = {name: _load(self._sources[name], Path(artifacts[name])) for name in self._sources}
+        loaded = {
+            name: copies.load(source, Path(artifacts[name]))
+            for name, source in self._sources.items()
+        }
         self._data = {**self.parameters, **loaded}
         logging.getLogger("kedro.pipeline.node").addFilter(_no_nodes)
 
@@ -258,23 +256,6 @@ class _Here(dict[str, AbstractDataset[Any, Any]]):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Here:
         return self
-
-
-def _copy(dataset: AbstractDataset[Any, Any], folder: Path) -> Mapping[str, Any] | None:
-    """Copy what a dataset would load; gives the dataset that loads the copy, None for a pickle."""
-    if isinstance(dataset, TrackedDataset):
-        source = dataset.copy_to(folder)
-    else:
-        source = copy_files(dataset, folder)
-    if source is None:
-        (folder / _PICKLE).write_bytes(cloudpickle.dumps(dataset.load()))
-    return source
-
-
-def _load(source: Mapping[str, Any] | None, folder: Path) -> Any:
-    if source is None:
-        return cloudpickle.loads((folder / _PICKLE).read_bytes())
-    return load_copy(source, folder)
 
 
 def _types_in(source: Any) -> Iterator[Any]:

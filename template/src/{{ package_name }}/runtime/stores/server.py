@@ -8,10 +8,11 @@ from __future__ import annotations
 import logging
 import os
 import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .. import state
 from ..config.errors import ADDRESS, SettingError
@@ -22,11 +23,14 @@ from .embedded import part_when_forked
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Experiment, Run
+    from mlflow.store.entities import PagedList
     from requests import Response
 
     from ..config.keys import ExperimentOptions
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 # The first request to a server is answered within so many seconds, or the server is away: MLflow
 # by itself tries eight times, which takes four minutes.
@@ -222,3 +226,14 @@ def lack_of_models(server: Server) -> SettingError | None:
         f"models of MLflow {version('mlflow')}: update it to 3.0 or newer, or take the models out "
         "of the pipeline",
     )
+
+
+def all_results(search: Callable[..., PagedList[T]], *args: Any, **kwargs: Any) -> Iterator[T]:
+    """Return all that a search of MLflow's client finds, page after page."""
+    token = None
+    while True:
+        page = search(*args, page_token=token, **kwargs)
+        yield from page
+        token = page.token
+        if not token:
+            return
