@@ -13,9 +13,9 @@ from mlflow import MlflowClient
 from mlflow.entities import ViewType
 
 from runtime.offline import disk as disks
-from runtime.offline.disk import Disk, DiskError, disk_of, families
+from runtime.offline.disk import Disk, DiskError, disk_of, ended_families, families
 from runtime.offline.hook import replay_after_run
-from runtime.offline.replay import files_of, files_of_family, remove, waiting
+from runtime.offline.replay import delete, files_in, files_of_family
 from runtime.stores.server import Server
 
 
@@ -153,7 +153,7 @@ def test_a_link_in_the_artifacts_leads_nowhere_else(disk: Disk, tmp_path: Path) 
     (folder / "link.txt").symlink_to(elsewhere)
 
     with pytest.raises(DiskError, match=r"link\.txt is a link"):
-        files_of(disk.files(folder.as_uri()))
+        files_in(disk.files(folder.as_uri()))
 
     (disk.artifacts / "other").symlink_to(tmp_path)
     with pytest.raises(DiskError, match="outside of"):
@@ -161,7 +161,7 @@ def test_a_link_in_the_artifacts_leads_nowhere_else(disk: Disk, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("place", ["", "file:///{outside}/run/artifacts"])
-def test_a_run_from_somebody_else_removes_nothing_outside(
+def test_a_run_from_somebody_else_deletes_nothing_outside(
     disk: Disk, experiment: str, tmp_path: Path, place: str
 ) -> None:
     outside = tmp_path / "outside" / "run" / "artifacts"
@@ -174,17 +174,17 @@ def test_a_run_from_somebody_else_removes_nothing_outside(
         place = place.format(outside=tmp_path / "outside")
         connection.execute("UPDATE runs SET artifact_uri = ?", (place,))
     connection.close()
-    (family,) = waiting(client)
+    (family,) = ended_families(client)
 
     assert files_of_family(disk, family) == []
     with pytest.raises(DiskError, match="outside of"):
-        remove(disk, family)
+        delete(disk, family)
 
     assert (outside / "thesis.txt").read_text() == "years of work"
     assert client.get_run(run_id).info.status == "FINISHED"
 
 
-def test_what_is_removed_leaves_nothing_and_others_alone(
+def test_what_is_deleted_leaves_nothing_and_others_alone(
     disk: Disk, experiment: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", disk.uri)  # MLflow looks for models there only
@@ -199,8 +199,8 @@ def test_what_is_removed_leaves_nothing_and_others_alone(
     client.create_registered_model("line")
     client.create_model_version("line", model.model_uri, runs[0], model_id=model.model_id)
 
-    first, _ = waiting(client)
-    remove(disk, first)
+    first, _ = ended_families(client)
+    delete(disk, first)
 
     assert [
         run.info.run_id for run in client.search_runs([experiment], run_view_type=ViewType.ALL)
@@ -237,7 +237,7 @@ def test_only_what_has_ended_waits(disk: Disk, experiment: str) -> None:
     ended, running = (client.create_run(experiment).info.run_id for _ in range(2))
     client.set_terminated(ended, "FAILED")
 
-    assert [family[0].info.run_id for family in waiting(client)] == [ended]
+    assert [family[0].info.run_id for family in ended_families(client)] == [ended]
     assert client.get_run(running).info.status == "RUNNING"
 
 
@@ -283,6 +283,6 @@ def test_a_store_on_disk_is_an_ordinary_one(
         mlflow.log_text("a text", "a.txt")
 
     client = MlflowClient(disk.uri)
-    (family,) = waiting(client)
+    (family,) = ended_families(client)
     assert [found.info.run_id for found in family] == [run.info.run_id]
     assert [file.name for file in files_of_family(disk, family)] == ["a.txt"]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 from .. import _mlflow, state
 
@@ -42,6 +44,17 @@ def take_back(key: str) -> None:
         for name in held.exported.pop(key, {}):
             wanted = [others[name] for others in held.exported.values() if name in others]
             _set(name, wanted[-1] if wanted else held.before_export.pop(name))
+
+
+@contextmanager
+def exporting(variables: Mapping[str, str | None]) -> Iterator[None]:
+    """Set environment variables for a `with` block."""
+    key = uuid4().hex
+    export(key, variables)
+    try:
+        yield
+    finally:
+        take_back(key)
 
 
 def original(name: str) -> str | None:
