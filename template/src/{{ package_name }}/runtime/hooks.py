@@ -10,9 +10,10 @@ from importlib.metadata import entry_points
 from inspect import isgeneratorfunction
 from typing import TYPE_CHECKING, Any
 
+from kedro.framework import project
 from kedro.framework.hooks import hook_impl
 
-from . import binding
+from . import binding, extras
 from .config.errors import ConfigError
 from .stores.project import MlflowConfig, announce, config_of
 from .tracking.ending import end_abandoned
@@ -59,6 +60,7 @@ class MlflowHook:
         """Open the run with all parameters and tags, and bind it to the run's catalog."""
         context, run = binding.context_of_run(), None
         if binding.is_tracked(context, run_params):
+            extras.check_needed_hook(pipeline, project.settings.HOOKS)
             run = binding.open_run(context, run_params, pipeline, catalog)
         else:
             binding.prepare_untracked(context, catalog)

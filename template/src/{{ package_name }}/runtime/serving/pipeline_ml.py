@@ -77,6 +77,8 @@ class PipelineML(Pipeline):
     Pipelines that others are added to are plain ones, and say so.
     """
 
+    needed_hook = "ServingHook"  # without it no model would be logged
+
     def __init__(
         self,
         nodes: Iterable[Node | Pipeline],
