@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from ..stores.project import MlflowConfig
 
-# Somebody sits and waits: MLflow by itself asks a server that is away for four minutes.
+# For commands that only look: MLflow by itself asks a server that is away for four minutes.
 IMPATIENT = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
@@ -40,19 +40,24 @@ def opened(metadata: ProjectMetadata, env: str | None, **options: Any) -> Iterat
 
 
 @contextmanager
-def with_credentials(context: KedroContext) -> Iterator[Mapping[str, str]]:
-    """Have the project's credentials sent with each request of a `with` block.
+def with_credentials(
+    context: KedroContext, defaults: Mapping[str, str]
+) -> Iterator[Mapping[str, str]]:
+    """Send the project's credentials with each request that a `with` block makes.
 
-    Yields the environment variables that `server.credentials` names. Beside them those of
-    `IMPATIENT` are set, where the user has not set them.
+    Yields the environment variables that `server.credentials` names.
+
+    Args:
+        context: The project's.
+        defaults: Other environment variables, for what the user has not set.
 
     Raises:
-        ConfigError: When the credentials or the header provider can't be had.
+        ConfigError: When there are no such credentials, or the header provider can't be used.
     """
     variables = read_credentials(context)
     register_header_provider(context)
-    defaults = {name: value for name, value in IMPATIENT.items() if name not in os.environ}
-    with credentials.exporting({**defaults, **variables}):
+    unset = {name: value for name, value in defaults.items() if name not in os.environ}
+    with credentials.exporting({**unset, **variables}):
         yield variables
 
 

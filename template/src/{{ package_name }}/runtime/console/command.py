@@ -13,7 +13,7 @@ import click
 from kedro.framework.cli.utils import env_option
 from kedro.framework.startup import ProjectMetadata
 
-from ..cli.session import opened, with_credentials, with_explained_errors
+from ..cli.session import IMPATIENT, opened, with_credentials, with_explained_errors
 from .doctor import examine, show_findings
 from .runs import differences, find_run, read_details, read_latest, run_as_json
 from .showing import new_console, show_details, show_differences, show_latest
@@ -56,7 +56,7 @@ def runs(
     with (
         _only_output_on_stdout(),
         opened(metadata, env) as context,
-        with_credentials(context) as variables,
+        with_credentials(context, IMPATIENT) as variables,
         with_explained_errors(context, variables),
     ):
         server, experiment = context.mlflow.server.connection, context.mlflow.tracking.experiment

@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..binding import secrets_of
-from ..cli.session import with_credentials, with_explained_errors
+from ..cli.session import IMPATIENT, with_credentials, with_explained_errors
 from ..config.errors import ConfigError, SettingError
 from ..config.loading import mistake
 from ..config.uris import is_database, is_http, shown_uri, sqlite_file
@@ -110,7 +110,7 @@ class _Check(NamedTuple):
     """A check, what is said when it fails with an error, and the check that it needs."""
 
     name: str
-    look: Callable[[_Setup], Finding]
+    function: Callable[[_Setup], Finding]
     failing: str
     needs: str | None = None
 
@@ -146,7 +146,7 @@ def _finding(check: _Check, setup: _Setup) -> Finding:
     context = setup.context
     try:
         with with_explained_errors(context, setup.variables) if context else nullcontext():
-            return check.look(setup)
+            return check.function(setup)
     except ConfigError as error:
         return Finding(False, check.failing, error.message)
     except Exception as error:  # of a kind that isn't known
@@ -170,7 +170,7 @@ def _configuration(setup: _Setup) -> Finding:
 
 def _credentials(setup: _Setup) -> Finding:
     options = setup.config.server
-    setup.variables = setup.until_the_end.enter_context(with_credentials(setup.context))
+    setup.variables = setup.until_the_end.enter_context(with_credentials(setup.context, IMPATIENT))
     parts = []
     if options.credentials:
         parts.append(f"{options.credentials}: {', '.join(setup.variables) or 'nothing'}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,12 +15,10 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from ..cli.session import opened
+from ..cli.session import opened, with_credentials
 from ..cli.tables import new_table, width_of
-from ..config.loading import read_credentials
 from ..config.uris import shown_uri
 from ..stores.errors import is_away, reason_of
-from ..stores.project import register_header_provider
 from ..tracking.ending import MARKERS, end_orphans
 from .disk import Disk, DiskError, disk_of, disks, ended_families, families
 from .replay import Outcome, delete, files_of_family, replay, replaying
@@ -51,15 +49,15 @@ def sync(
         if not disk.file.exists():
             click.echo(f"Nothing waits for {disk.address}.")
             return
-        disk.client()  # says what is wrong with the store
+        disk.client()  # an error where it can't be read
         end_orphans(disk.store, context.project_path / MARKERS)
         if dry_run:
             _show_families(disk)
         elif discard:
             _discard(disk, discard)
         else:
-            register_header_provider(context)
-            outcomes = _replay(disk, read_credentials(context))
+            with with_credentials(context, {}):
+                outcomes = _replay(disk)
             _show_outcomes(disk, outcomes)
             if any(outcome.problem for outcome in outcomes):
                 raise SystemExit(1)
@@ -93,7 +91,7 @@ def _address(disk: Disk) -> str:
     return shown_uri(disk.server.tracking_uri)
 
 
-def _replay(disk: Disk, variables: Mapping[str, str]) -> list[Outcome]:
+def _replay(disk: Disk) -> list[Outcome]:
     """Replay with a bar on the terminal.
 
     Raises:
@@ -105,7 +103,7 @@ def _replay(disk: Disk, variables: Mapping[str, str]) -> list[Outcome]:
         MofNCompleteColumn(),
         console=Console(stderr=True),
     )
-    with replaying(disk, variables), bar:
+    with replaying(disk), bar:
         on_disk = ended_families(disk.client())
         steps = sum(len(family) + len(files_of_family(disk, family)) for family in on_disk)
         task = bar.add_task(f"To {disk.address}", total=steps)

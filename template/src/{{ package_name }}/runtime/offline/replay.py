@@ -69,13 +69,17 @@ class Outcome:
 
 
 @contextmanager
-def replaying(disk: Disk, variables: Mapping[str, str]) -> Iterator[None]:
-    """Hold the lock of a store on disk, with credentials for its server in the environment.
+def replaying(disk: Disk, variables: Mapping[str, str] | None = None) -> Iterator[None]:
+    """Hold the lock of a store on disk, in the environment of a replay.
+
+    Args:
+        disk: The store.
+        variables: Credentials for its server, where they aren't in the environment yet.
 
     Raises:
         DiskError: When another process replays.
     """
-    with credentials.exporting({**variables, **REPLAY_VARIABLES}), disk.locked():
+    with credentials.exporting({**(variables or {}), **REPLAY_VARIABLES}), disk.locked():
         yield
 
 
@@ -294,14 +298,8 @@ class _Replay:
             self.target.log_model_params(model_id, dict(lacking))
         logged = {_key(metric) for metric in target.metrics or ()}
         metrics = [
-            Metric(
-                metric.key,
-                metric.value,
-                metric.timestamp,
-                metric.step,
-                model_id,
-                metric.dataset_name,
-                metric.dataset_digest,
+            Metric.from_dictionary(
+                {**metric.to_dictionary(), "model_id": model_id, "run_id": run_id}
             )
             for metric in model.metrics or ()
             if metric.run_id == model.source_run_id and _key(metric) not in logged
