@@ -5,13 +5,11 @@ An extra is a folder of the runtime. Nothing of the core imports one: they are n
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any
-
-from .config.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -99,18 +97,3 @@ def owner_of_name(name: str) -> str | None:
 def owner_of_command(name: str) -> str | None:
     """Return the extra that a command comes with."""
     return next((extra for extra in EXTRAS if name in EXTRAS[extra].commands), None)
-
-
-def check_needed_hook(pipeline: Any, hooks: Iterable[object]) -> None:
-    """Check that the hook is registered which a pipeline names in its attribute `needed_hook`.
-
-    Raises:
-        ConfigError: When it isn't.
-    """
-    needed = getattr(pipeline, "needed_hook", None)
-    names = [type(hook).__name__ for hook in hooks]
-    if needed and needed not in names:
-        raise ConfigError(
-            f"settings.py: HOOKS: expected {needed}() beside MlflowHook(), because this pipeline "
-            f"is a {type(pipeline).__name__}, got {', '.join(names) or 'none'}"
-        )

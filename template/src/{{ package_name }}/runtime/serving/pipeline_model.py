@@ -265,11 +265,7 @@ class _LocalDatasets(dict[str, AbstractDataset[Any, Any]]):
 
 
 def _copy(dataset: AbstractDataset[Any, Any], folder: Path) -> Mapping[str, Any] | None:
-    """Copy what a dataset would load.
-
-    Returns:
-        The configuration of a dataset that loads the copy; None where the copy is a pickle.
-    """
+    """Copy what a dataset would load; gives the dataset that loads the copy, None for a pickle."""
     if isinstance(dataset, TrackedDataset):
         source = dataset.copy_to(folder)
     else:

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
+from kedro.utils import load_obj
+
 from .. import _mlflow, state
 
 if TYPE_CHECKING:
@@ -90,7 +92,6 @@ def register_header_provider(
     """
     if options.type is None:
         return None
-    from kedro.utils import load_obj
     from mlflow.tracking.request_header.abstract_request_header_provider import (
         RequestHeaderProvider,
     )
