@@ -135,7 +135,7 @@ class KedroPipelineModel(PythonModel):
         Raises:
             DatasetError: When a dataset has nothing to load.
         """
-        self._require(self._datasets, "a model that was pickled has left its datasets behind")
+        self._expect(self._datasets, "a model that was pickled has left its datasets behind")
         artifacts = {}
         for name, dataset in self._datasets.items():
             # Characters of two names may be replaced by the same.
@@ -154,12 +154,12 @@ class KedroPipelineModel(PythonModel):
         """Load every dataset that travels with the model into memory."""
         artifacts = context.artifacts or {}
         for given in (self._sources, artifacts):
-            self._require(given, "log_model needs the artifacts of extract_pipeline_artifacts")
+            self._expect(given, "log_model needs the artifacts of extract_pipeline_artifacts")
         loaded = {name: _load(self._sources[name], Path(artifacts[name])) for name in self._sources}
         self._data = {**self.parameters, **loaded}
         logging.getLogger("kedro.pipeline.node").addFilter(_is_logged)
 
-    def _require(self, given: Collection[str], reason: str) -> None:
+    def _expect(self, given: Collection[str], reason: str) -> None:
         persisted = self.pipeline.inputs() - {self.input_name, *self.parameters}
         if missing := sorted(persisted.difference(given)):
             raise PipelineError(f"The model lacks {', '.join(missing)}: {reason}")
