@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import sqlite3
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import quote
 
@@ -15,7 +17,7 @@ from mlflow.entities import ViewType
 from runtime.offline import disk as disks
 from runtime.offline.disk import Disk, DiskError, disk_of, ended_families, families
 from runtime.offline.hook import replay_after_run
-from runtime.offline.replay import delete, files_in, files_of_family
+from runtime.offline.replay import delete, files_in, files_of_family, replay, replaying
 from runtime.stores.server import Server
 
 
@@ -286,3 +288,42 @@ def test_a_store_on_disk_is_an_ordinary_one(
     (family,) = ended_families(client)
     assert [found.info.run_id for found in family] == [run.info.run_id]
     assert [file.name for file in files_of_family(disk, family)] == ["a.txt"]
+
+
+def test_metrics_of_a_model_are_replayed_once_also_where_one_is_not_a_number(
+    disk: Disk,
+    experiment: str,
+    tmp_path: Path,
+    empty_store: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shutil.copy(empty_store, tmp_path / "server.db")
+    uri = f"sqlite:///{(tmp_path / 'server.db').as_posix()}"
+    disk = replace(disk, server=server(uri))
+    client = disk.client()
+    run_id = client.create_run(experiment).info.run_id
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", disk.uri)  # MLflow looks for models there only
+    model = client.create_logged_model(experiment, "line", run_id)
+    for step, value in enumerate((0.5, math.nan)):
+        client.log_metric(run_id, "loss", value, step=step, model_id=model.model_id)
+    client.finalize_logged_model(model.model_id, "READY")
+    client.set_terminated(run_id)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    finalize = MlflowClient.finalize_logged_model
+
+    def interrupt(*_: object) -> None:
+        raise ValueError("interrupted")
+
+    for method in (interrupt, finalize):
+        monkeypatch.setattr(MlflowClient, "finalize_logged_model", method)
+        with replaying(disk):
+            (outcome,) = replay(disk, ended_families(client))
+        assert bool(outcome.problem) == (method is interrupt)
+
+    on_server = disk.server.client
+    points = on_server.get_metric_history(outcome.id_on_server, "loss")
+    assert [(point.step, repr(point.value)) for point in points] == [(0, "0.5"), (1, "nan")]
+    experiment_there = on_server.get_experiment_by_name("penguins")
+    assert experiment_there
+    (logged,) = on_server.search_logged_models([experiment_there.experiment_id])
+    assert [metric.step for metric in logged.metrics or ()] == [0, 1]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -211,7 +212,7 @@ class _Replay:
         params = [Param(key, value) for key, value in run.data.params.items()]
         self.target.log_batch(run_id, params=params)
         for model in models:
-            self._complete_model(model)
+            self._complete_model(model, run)
         self._log_metrics(run)
         self._log_links(run, target)
         self._upload(
@@ -285,11 +286,11 @@ class _Replay:
             text = text.replace(place, on_server)
         return _ID.sub(lambda match: self.ids.get(match[0], match[0]), text)
 
-    def _complete_model(self, model: LoggedModel) -> None:
-        """Log to the model on the server what it lacks, then finalize it."""
+    def _complete_model(self, model: LoggedModel, run: Run) -> None:
+        """Log to the model of a run on the server what it lacks, then finalize it."""
         from mlflow.entities import LoggedModelStatus, Metric
 
-        model_id, run_id = self.ids[model.model_id], self.ids[str(model.source_run_id)]
+        model_id, run_id = self.ids[model.model_id], self.ids[run.info.run_id]
         target = self.target.get_logged_model(model_id)
         if target.status == model.status != LoggedModelStatus.PENDING:
             return
@@ -297,12 +298,19 @@ class _Replay:
         if lacking:
             self.target.log_model_params(model_id, dict(lacking))
         logged = {_key(metric) for metric in target.metrics or ()}
+        points = _points(self.source, run)
         metrics = [
             Metric.from_dictionary(
-                {**metric.to_dictionary(), "model_id": model_id, "run_id": run_id}
+                {
+                    **metric.to_dictionary(),
+                    # A NaN is 0 in the metrics of a model, not in those of its run (MLflow 3.17).
+                    "value": metric.value if _key(metric) in points else math.nan,
+                    "model_id": model_id,
+                    "run_id": run_id,
+                }
             )
             for metric in model.metrics or ()
-            if metric.run_id == model.source_run_id and _key(metric) not in logged
+            if metric.run_id == run.info.run_id and _key(metric) not in logged
         ]
         self.target.log_batch(run_id, metrics=metrics)
         self._upload(
