@@ -9,8 +9,11 @@ import click
 import pytest
 from mlflow import MlflowClient
 
+from ...support.commands import Command, mlflow_command
 from ...support.projects import ONE_NODE, Project
 from ...support.servers import free_port
+
+__all__ = ["mlflow_command"]
 
 HOOKS = ("MlflowHook", "OfflineHook", "ServingHook")
 
@@ -108,6 +111,44 @@ def test_offline_without_its_hook_is_refused_before_the_run(project: Project) ->
         "OfflineHook() to HOOKS in settings.py"
     )
     assert project.all_runs() == []
+
+
+def test_a_pipeline_with_a_model_is_refused_before_the_run_where_no_hook_would_log_it(
+    project: Project,
+) -> None:
+    register(project, "MlflowHook", "OfflineHook")
+    project.pipeline(PIPELINE)
+    project.parameters({"size": 2})
+    project.catalog("model: {type: json.JSONDataset, filepath: data/06_models/model.json}")
+
+    with pytest.raises(click.ClickException) as refused:
+        project.run()
+
+    assert str(refused.value) == (
+        "settings.py: HOOKS: expected ServingHook() beside MlflowHook(), because this pipeline is "
+        "a PipelineML, got MlflowHook, OfflineHook"
+    )
+    assert project.all_runs() == []
+
+
+def test_modelify_needs_the_server_where_runs_are_kept_on_disk(
+    project: Project, mlflow_command: Command
+) -> None:
+    project.pipeline(PIPELINE)
+    project.parameters({"size": 2})
+    project.catalog("model: {type: json.JSONDataset, filepath: data/06_models/model.json}")
+    project.write("data/06_models/model.json", "2")
+    port = free_port()
+    project.mlflow_yml(OFFLINE.format(port=port).strip())
+
+    ended = mlflow_command(project, "modelify", "--pipeline=__default__", "--input-name=rows")
+
+    assert ended.status == 1
+    assert ended.err == (
+        "Error: conf/local/mlflow.yml:1: server.mlflow_tracking_uri: nothing listens at "
+        f"http://127.0.0.1:{port} (connection refused): start the server, or correct the address\n"
+    )
+    assert not (project.path / ".mlflow-offline").exists()
 
 
 def test_a_store_that_is_named_when_the_run_is_open_already_is_refused(project: Project) -> None:

@@ -325,7 +325,7 @@ def test_one_run_is_shown_whole(project: Project, mlflow_command: Command) -> No
     (model,) = found["Models"]
     assert model[0] == "line"
     assert model[1].endswith(f", registered as {project.package} v1")
-    assert sorted(found["Artifacts"]) == [["b.txt", "4 B"], ["notes/"]]
+    assert sorted(found["Artifacts"]) == [["b.txt", "4 bytes"], ["notes/"]]
     (child,) = found["Child runs"]
     assert child[1:3] == ["FINISHED", "inner"]
     assert child[-1] == "part=0.25"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import sqlite3
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import quote
 
@@ -13,9 +15,9 @@ from mlflow import MlflowClient
 from mlflow.entities import ViewType
 
 from runtime.offline import disk as disks
-from runtime.offline.disk import Disk, DiskError, disk_of, families
+from runtime.offline.disk import Disk, DiskError, disk_of, ended_families, families
 from runtime.offline.hook import replay_after_run
-from runtime.offline.replay import files_of, files_of_family, remove, waiting
+from runtime.offline.replay import delete, files_in, files_of_family, replay, replaying
 from runtime.stores.server import Server
 
 
@@ -153,7 +155,7 @@ def test_a_link_in_the_artifacts_leads_nowhere_else(disk: Disk, tmp_path: Path) 
     (folder / "link.txt").symlink_to(elsewhere)
 
     with pytest.raises(DiskError, match=r"link\.txt is a link"):
-        files_of(disk.files(folder.as_uri()))
+        files_in(disk.files(folder.as_uri()))
 
     (disk.artifacts / "other").symlink_to(tmp_path)
     with pytest.raises(DiskError, match="outside of"):
@@ -161,7 +163,7 @@ def test_a_link_in_the_artifacts_leads_nowhere_else(disk: Disk, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("place", ["", "file:///{outside}/run/artifacts"])
-def test_a_run_from_somebody_else_removes_nothing_outside(
+def test_a_run_from_somebody_else_deletes_nothing_outside(
     disk: Disk, experiment: str, tmp_path: Path, place: str
 ) -> None:
     outside = tmp_path / "outside" / "run" / "artifacts"
@@ -174,17 +176,17 @@ def test_a_run_from_somebody_else_removes_nothing_outside(
         place = place.format(outside=tmp_path / "outside")
         connection.execute("UPDATE runs SET artifact_uri = ?", (place,))
     connection.close()
-    (family,) = waiting(client)
+    (family,) = ended_families(client)
 
     assert files_of_family(disk, family) == []
     with pytest.raises(DiskError, match="outside of"):
-        remove(disk, family)
+        delete(disk, family)
 
     assert (outside / "thesis.txt").read_text() == "years of work"
     assert client.get_run(run_id).info.status == "FINISHED"
 
 
-def test_what_is_removed_leaves_nothing_and_others_alone(
+def test_what_is_deleted_leaves_nothing_and_others_alone(
     disk: Disk, experiment: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", disk.uri)  # MLflow looks for models there only
@@ -199,8 +201,8 @@ def test_what_is_removed_leaves_nothing_and_others_alone(
     client.create_registered_model("line")
     client.create_model_version("line", model.model_uri, runs[0], model_id=model.model_id)
 
-    first, _ = waiting(client)
-    remove(disk, first)
+    first, _ = ended_families(client)
+    delete(disk, first)
 
     assert [
         run.info.run_id for run in client.search_runs([experiment], run_view_type=ViewType.ALL)
@@ -237,7 +239,7 @@ def test_only_what_has_ended_waits(disk: Disk, experiment: str) -> None:
     ended, running = (client.create_run(experiment).info.run_id for _ in range(2))
     client.set_terminated(ended, "FAILED")
 
-    assert [family[0].info.run_id for family in waiting(client)] == [ended]
+    assert [family[0].info.run_id for family in ended_families(client)] == [ended]
     assert client.get_run(running).info.status == "RUNNING"
 
 
@@ -283,6 +285,45 @@ def test_a_store_on_disk_is_an_ordinary_one(
         mlflow.log_text("a text", "a.txt")
 
     client = MlflowClient(disk.uri)
-    (family,) = waiting(client)
+    (family,) = ended_families(client)
     assert [found.info.run_id for found in family] == [run.info.run_id]
     assert [file.name for file in files_of_family(disk, family)] == ["a.txt"]
+
+
+def test_metrics_of_a_model_are_replayed_once_also_where_one_is_not_a_number(
+    disk: Disk,
+    experiment: str,
+    tmp_path: Path,
+    empty_store: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shutil.copy(empty_store, tmp_path / "server.db")
+    uri = f"sqlite:///{(tmp_path / 'server.db').as_posix()}"
+    disk = replace(disk, server=server(uri))
+    client = disk.client()
+    run_id = client.create_run(experiment).info.run_id
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", disk.uri)  # MLflow looks for models there only
+    model = client.create_logged_model(experiment, "line", run_id)
+    for step, value in enumerate((0.5, math.nan)):
+        client.log_metric(run_id, "loss", value, step=step, model_id=model.model_id)
+    client.finalize_logged_model(model.model_id, "READY")
+    client.set_terminated(run_id)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    finalize = MlflowClient.finalize_logged_model
+
+    def interrupt(*_: object) -> None:
+        raise ValueError("interrupted")
+
+    for method in (interrupt, finalize):
+        monkeypatch.setattr(MlflowClient, "finalize_logged_model", method)
+        with replaying(disk):
+            (outcome,) = replay(disk, ended_families(client))
+        assert bool(outcome.problem) == (method is interrupt)
+
+    on_server = disk.server.client
+    points = on_server.get_metric_history(outcome.id_on_server, "loss")
+    assert [(point.step, repr(point.value)) for point in points] == [(0, "0.5"), (1, "nan")]
+    experiment_there = on_server.get_experiment_by_name("penguins")
+    assert experiment_there
+    (logged,) = on_server.search_logged_models([experiment_there.experiment_id])
+    assert [metric.step for metric in logged.metrics or ()] == [0, 1]

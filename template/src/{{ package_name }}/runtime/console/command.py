@@ -13,10 +13,10 @@ import click
 from kedro.framework.cli.utils import env_option
 from kedro.framework.startup import ProjectMetadata
 
-from ..cli.session import opened
-from .doctor import examine, show
-from .runs import described, differences, find, latest, reached, whole
-from .showing import console, show_differences, show_latest, show_whole
+from ..cli.session import IMPATIENT, opened, with_credentials, with_explained_errors
+from .doctor import examine, show_findings
+from .runs import differences, find_run, read_details, read_latest, run_as_json
+from .showing import new_console, show_details, show_differences, show_latest
 
 
 @click.command()
@@ -46,33 +46,40 @@ def runs(
     as_json: bool,
     run_ids: tuple[str, ...],
 ) -> None:
-    """List the latest runs, or show one whole, or what differs between two.
+    """List the latest runs, or show one with its details, or what differs between two.
 
     A RUN_ID is one of the list, or at least four characters that it begins with. The table has as
     many metrics as there is room for; a pipeline is named where the run's name is another.
     """
     if len(run_ids) > 2:  # click would end with status 2
         raise click.ClickException(f"RUN_ID: expected one or two ids, got {len(run_ids)}")
-    seen: Any
-    with _stdout_for_output(), opened(metadata, env) as context, reached(context) as (server, _):
-        experiment = context.mlflow.tracking.experiment
-        found = [find(server, experiment, run_id) for run_id in run_ids]
-        if len(found) == 1:
-            seen = whole(server, found[0])
-        elif not found:
-            seen = latest(server, experiment, condition=condition, limit=limit, children=children)
-    if as_json and len(found) == 2:
-        _write_json({"runs": [described(run) for run in found], **differences(*found)})
+    with (
+        _only_output_on_stdout(),
+        opened(metadata, env) as context,
+        with_credentials(context, IMPATIENT) as variables,
+        with_explained_errors(context, variables),
+    ):
+        server, experiment = context.mlflow.server.connection, context.mlflow.tracking.experiment
+        chosen = [find_run(server, experiment, run_id) for run_id in run_ids]
+        if not chosen:
+            latest = read_latest(server, experiment, condition, limit, children=children)
+        elif len(chosen) == 1:
+            details = read_details(server, chosen[0])
+    console = new_console()
+    if len(chosen) == 2 and as_json:
+        _write_json({"runs": [run_as_json(run) for run in chosen], **differences(*chosen)})
+    elif len(chosen) == 2:
+        show_differences(console, *chosen)
+    elif chosen and as_json:
+        _write_json(details.as_json())
+    elif chosen:
+        show_details(console, details)
     elif as_json:
-        _write_json(seen.described() if found else [described(run) for run in seen.runs])
-    elif len(found) == 2:
-        show_differences(console(), *found)
-    elif found:
-        show_whole(console(), seen)
-    elif seen.runs:
-        show_latest(console(), seen.runs, _names(metrics), _names(params) or [])
+        _write_json([run_as_json(run) for run in latest.runs])
+    elif latest.runs:
+        show_latest(console, latest.runs, _names(metrics), _names(params) or [])
     else:
-        click.echo(seen.why_none)
+        click.echo(latest.why_none)
 
 
 @click.command()
@@ -88,25 +95,25 @@ def doctor(metadata: ProjectMetadata, env: str | None, fix: bool, as_json: bool)
     would. The deleted run stays in MLflow's bin until `mlflow gc`. A store that isn't there yet
     isn't made.
     """
-    with _stdout_for_output():
+    with _only_output_on_stdout():
         findings = examine(metadata.project_path, env, fix=fix)
     if as_json:
-        _write_json([vars(finding) for finding in findings])
+        _write_json([{"check": name, **vars(finding)} for name, finding in findings.items()])
     else:
-        show(console(), findings)
-    if any(finding.ok is False for finding in findings):
+        show_findings(new_console(), findings)
+    if any(finding.ok is False for finding in findings.values()):
         raise SystemExit(1)
 
 
-def _names(written: str | None) -> list[str] | None:
-    """Read names between commas; None when nothing was written."""
-    if written is None:
+def _names(option: str | None) -> list[str] | None:
+    """Return the names of an option, which are between commas; None where it isn't given."""
+    if option is None:
         return None
-    return [name.strip() for name in written.split(",") if name.strip()]
+    return [name.strip() for name in option.split(",") if name.strip()]
 
 
 @contextmanager
-def _stdout_for_output() -> Iterator[None]:
+def _only_output_on_stdout() -> Iterator[None]:
     """Send what Kedro, MLflow and hooks log to stderr, where it isn't part of the output."""
     to_stdout = [
         handler

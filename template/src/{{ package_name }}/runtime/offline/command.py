@@ -1,4 +1,4 @@
-"""`kedro mlflow sync`: replay all that is on disk, and show how far that has come."""
+"""`kedro mlflow sync`: replay the runs on disk, with a progress bar and a table of the outcomes."""
 
 from __future__ import annotations
 
@@ -14,22 +14,18 @@ from kedro.framework.startup import ProjectMetadata
 from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from rich.table import Table
 
-from ..cli.session import opened
-from ..config.loading import read_credentials
+from ..cli.session import opened, with_credentials
+from ..cli.tables import new_table, width_of
 from ..config.uris import shown_uri
-from ..stores import credentials
 from ..stores.errors import is_away, reason_of
-from ..stores.project import register_header_provider
 from ..tracking.ending import MARKERS, end_orphans
-from .disk import Disk, DiskError, disk_of, disks, families
-from .replay import OF_REPLAYS, Outcome, files_of_family, remove, replay, waiting
+from .disk import Disk, DiskError, disk_of, disks, ended_families, families
+from .replay import Outcome, delete, files_of_family, replay, replaying
 
 if TYPE_CHECKING:
     from kedro.framework.context import KedroContext
-    from mlflow import MlflowClient
-    from mlflow.entities import Run
+    from rich.table import Table
 
     from ..stores.project import MlflowConfig
     from ..stores.server import Server
@@ -38,66 +34,33 @@ if TYPE_CHECKING:
 @click.command()
 @env_option
 @click.option("--dry-run", is_flag=True, help="List what would be replayed, and do nothing.")
-@click.option("--discard", multiple=True, metavar="RUN", help="Remove a run from the disk instead.")
+@click.option("--discard", multiple=True, metavar="RUN", help="Delete a run from the disk instead.")
 @click.pass_obj
 def sync(
     metadata: ProjectMetadata, env: str | None, dry_run: bool, discard: tuple[str, ...]
 ) -> None:
-    """Replay the runs that are on disk to the server, and remove from the disk what it has.
+    """Replay the runs that are on disk to the server, and delete from the disk what it has.
 
     It can be interrupted, and started again.
     """
     with opened(metadata, env) as context:
-        is_whole = replay_all(context, dry_run=dry_run, discard=discard)
-    if not is_whole:
-        raise SystemExit(1)
-
-
-def replay_all(context: KedroContext, *, dry_run: bool, discard: Sequence[str]) -> bool:
-    """Replay the runs on disk to the server of a context.
-
-    Args:
-        context: The project's.
-        dry_run: Only list them.
-        discard: Ids of runs on disk to remove instead.
-
-    Returns:
-        Whether the server has all that was to be replayed.
-
-    Raises:
-        ClickException: When there is no server, it is away, or the disk can't be read.
-    """
-    config: MlflowConfig = context.mlflow  # type: ignore[attr-defined]
-    server = config.server.connection
-    where = shown_uri(server.tracking_uri)
-    restore = config.tracking.experiment.restore_if_deleted
-    disk = disk_of(server, context.project_path, restore_if_deleted=restore)
-    if disk is None:
-        raise click.ClickException(f"The runs are in {where}: there is no server to replay to.")
-    _tell_of_others(context, disk)
-    if not (disk.folder / "mlflow.db").exists():
-        click.echo(f"Nothing waits for {where}.")
-        return True
-    client = disk.client()
-    end_orphans(disk.store, context.project_path / MARKERS)
-    if dry_run:
-        _show_waiting(disk, families(client), where)
-        return True
-    credentials.export("sync", {**read_credentials(context), **OF_REPLAYS})
-    register_header_provider(context)
-    try:
-        with disk.locked():
-            if discard:
-                return _discard(disk, client, discard)
-            families_on_disk = waiting(client)
-            outcomes = _replay(disk, families_on_disk, where) if families_on_disk else []
-    finally:
-        credentials.take_back("sync")
-    if not outcomes:
-        click.echo(f"Nothing waits for {where}.")
-        return True
-    _show_outcomes(outcomes, where)
-    return not any(outcome.problem for outcome in outcomes)
+        disk = _disk_of(context)
+        _show_other_servers(context.project_path, disk)
+        if not disk.file.exists():
+            click.echo(f"Nothing waits for {disk.address}.")
+            return
+        disk.client()  # an error where it can't be read
+        end_orphans(disk.store, context.project_path / MARKERS)
+        if dry_run:
+            _show_families(disk)
+        elif discard:
+            _discard(disk, discard)
+        else:
+            with with_credentials(context, {}):
+                outcomes = _replay(disk)
+            _show_outcomes(disk, outcomes)
+            if any(outcome.problem for outcome in outcomes):
+                raise SystemExit(1)
 
 
 def store_on_disk(server: Server, project_path: Path) -> Server:
@@ -107,103 +70,111 @@ def store_on_disk(server: Server, project_path: Path) -> Server:
         ClickException: When there is none.
     """
     disk = disk_of(server, project_path)
-    if disk is None or not (disk.folder / "mlflow.db").exists():
-        where = shown_uri(server.tracking_uri)
-        raise click.ClickException(f"--offline: no run on disk waits for {where}")
+    if disk is None or not disk.file.exists():
+        address = shown_uri(server.tracking_uri)
+        raise click.ClickException(f"--offline: no run on disk waits for {address}")
     return disk.store
 
 
-def _replay(disk: Disk, found: Sequence[Sequence[Run]], where: str) -> list[Outcome]:
-    """Replay with a bar on the terminal."""
+def _disk_of(context: KedroContext) -> Disk:
+    config: MlflowConfig = context.mlflow  # type: ignore[attr-defined]
+    server = config.server.connection
+    restore = config.tracking.experiment.restore_if_deleted
+    disk = disk_of(server, context.project_path, restore_if_deleted=restore)
+    if disk is None:
+        address = shown_uri(server.tracking_uri)
+        raise click.ClickException(f"The runs are in {address}: there is no server to replay to.")
+    return disk
+
+
+def _address(disk: Disk) -> str:
+    return shown_uri(disk.server.tracking_uri)
+
+
+def _replay(disk: Disk) -> list[Outcome]:
+    """Replay with a bar on the terminal.
+
+    Raises:
+        ClickException: When the server is away.
+    """
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         console=Console(stderr=True),
     )
-    outcomes: list[Outcome] = []
-    with bar:
-        task = bar.add_task(f"To {where}", total=_steps(disk, found))
+    with replaying(disk), bar:
+        on_disk = ended_families(disk.client())
+        steps = sum(len(family) + len(files_of_family(disk, family)) for family in on_disk)
+        task = bar.add_task(f"To {disk.address}", total=steps)
         try:
-            outcomes.extend(replay(disk, found, lambda: bar.advance(task)))
+            return list(replay(disk, on_disk, lambda: bar.advance(task)))
         except Exception as error:
             if not is_away(error):
                 raise
             raise click.ClickException(
-                f"The MLflow server {where} is away ({reason_of(error)}). What isn't replayed "
-                f"stays in {disk.folder}; `kedro mlflow sync` goes on from there."
+                f"The MLflow server {disk.address} is away ({reason_of(error)}). What isn't "
+                f"replayed stays in {disk.folder}; `kedro mlflow sync` goes on from there."
             ) from error
-    return outcomes
 
 
-def _steps(disk: Disk, found: Sequence[Sequence[Run]]) -> int:
-    return sum(len(family) + len(files_of_family(disk, family)) for family in found)
+def _discard(disk: Disk, run_ids: Sequence[str]) -> None:
+    """Delete runs from the disk that the user doesn't want any more."""
+    with disk.locked():
+        on_disk = {family[0].info.run_id: family for family in ended_families(disk.client())}
+        for run_id in run_ids:
+            if run_id not in on_disk:
+                known = ", ".join(on_disk) or "none"
+                raise click.ClickException(
+                    f"--discard: expected the id of a run that waits ({known}), got {run_id!r}"
+                )
+        for run_id in run_ids:
+            delete(disk, on_disk[run_id])
+            click.echo(f"Deleted from {disk.folder}: {run_id}")
 
 
-def _discard(disk: Disk, client: MlflowClient, run_ids: Sequence[str]) -> bool:
-    """Remove runs from the disk that the user doesn't want any more."""
-    found = {family[0].info.run_id: family for family in waiting(client)}
-    for run_id in run_ids:
-        if run_id not in found:
-            known = ", ".join(found) or "none"
-            raise click.ClickException(
-                f"--discard: expected the id of a run that waits ({known}), got {run_id!r}"
-            )
-    for run_id in run_ids:
-        remove(disk, found[run_id])
-        click.echo(f"Removed from {disk.folder}: {run_id}")
-    return True
+def _show_other_servers(project_path: Path, disk: Disk) -> None:
+    for other in disks(project_path):
+        if other.folder == disk.folder:
+            continue
+        try:
+            number = len(ended_families(other.client()))
+        except DiskError as error:
+            click.echo(error.message, err=True)
+            continue
+        if number:
+            folder = os.path.relpath(other.folder, project_path)
+            click.echo(f"For another server {number} wait: see {folder}, and --env.", err=True)
 
 
-def _tell_of_others(context: KedroContext, disk: Disk) -> None:
-    """Say which runs wait for other servers."""
-    for other in disks(context.project_path):
-        if other.folder != disk.folder:
-            place = os.path.relpath(other.folder, context.project_path)
-            try:
-                number = len(waiting(other.client()))
-            except DiskError as error:
-                click.echo(error.message, err=True)
-                continue
-            if number:
-                click.echo(f"For another server {number} wait: see {place}, and --env.", err=True)
-
-
-def _show_waiting(disk: Disk, found: Sequence[Sequence[Run]], where: str) -> None:
-    if not found:
-        click.echo(f"Nothing waits for {where}.")
-        return
-    table = _table("run", "id on disk", "started", "status", "runs", "files", title=f"For {where}")
-    for family in found:
+def _show_families(disk: Disk) -> None:
+    """Show every run on disk, with those that haven't ended."""
+    columns = ("run", "id on disk", "started", "status", "runs", "files")
+    table = new_table(*columns, title=f"For {disk.address}")
+    for family in families(disk.client()):
         first = family[0].info
         started = datetime.fromtimestamp(first.start_time / 1000).strftime("%Y-%m-%d %H:%M")
         files = files_of_family(disk, family)
         size = f"{len(files)} ({decimal(sum(file.stat().st_size for file in files))})"
         table.add_row(first.run_name, first.run_id, started, first.status, str(len(family)), size)
-    _print(table)
+    _print(table, disk)
 
 
-def _show_outcomes(outcomes: Sequence[Outcome], where: str) -> None:
-    table = _table("run", "id on disk", "id on the server", title=f"To {where}")
+def _show_outcomes(disk: Disk, outcomes: Sequence[Outcome]) -> None:
+    table = new_table("run", "id on disk", "id on the server", title=f"To {disk.address}")
     for outcome in outcomes:
         run = outcome.run.info
         table.add_row(run.run_name, run.run_id, outcome.id_on_server or "-")
-    _print(table)
+    _print(table, disk)
     for outcome in outcomes:
         if outcome.problem:
             click.echo(f"Not replayed: {outcome.run.info.run_id}: {outcome.problem}", err=True)
 
 
-def _table(*columns: str, title: str) -> Table:
-    table = Table(title=title, title_justify="left", box=None)
-    for column in columns:
-        table.add_column(column)
-    return table
-
-
-def _print(table: Table) -> None:
+def _print(table: Table, disk: Disk) -> None:
     """Print a table as wide as it is, since a part of an id is of no use."""
+    if not table.row_count:
+        click.echo(f"Nothing waits for {disk.address}.")
+        return
     console = Console()
-    unlimited = console.options.update(width=10_000)
-    width = console.measure(table, options=unlimited).maximum
-    Console(width=max(console.width, width)).print(table, crop=False)
+    Console(width=max(console.width, width_of(table, console))).print(table, crop=False)

@@ -1,10 +1,11 @@
-"""The store on disk that runs are recorded in: an ordinary MLflow store, one for each server."""
+"""The store on disk that runs are kept in: an ordinary MLflow store, one for each server."""
 
 from __future__ import annotations
 
 import hashlib
 import re
 import sqlite3
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
 from ..config.errors import ConfigError
-from ..config.keys import ExperimentOptions
+from ..config.keys import CreateExperimentOptions, ExperimentOptions
 from ..config.uris import shown_uri, sqlite_file
 from ..stores.embedded import prepare
 from ..stores.server import Server
@@ -47,9 +48,19 @@ class Disk:
     restore_if_deleted: bool = True  # of tracking.experiment in mlflow.yml
 
     @property
+    def file(self) -> Path:
+        """The database."""
+        return self.folder / "mlflow.db"
+
+    @property
     def uri(self) -> str:
         """The URI under which MLflow opens the store."""
-        return f"sqlite:///{(self.folder / 'mlflow.db').as_posix()}"
+        return f"sqlite:///{self.file.as_posix()}"
+
+    @property
+    def address(self) -> str:
+        """The address of the server, for messages."""
+        return shown_uri(self.server.tracking_uri)
 
     @property
     def artifacts(self) -> Path:
@@ -62,21 +73,20 @@ class Disk:
         return Server(self.uri, self.uri, replayed_to=self.server.tracking_uri)
 
     def client(self) -> MlflowClient:
-        """Open the store; it is made when it isn't there.
+        """Return a client of the store, which is created when it isn't there.
 
         Raises:
-            DiskError: When it can't be made, isn't MLflow's, or is another version's.
+            DiskError: When it can't be created, isn't MLflow's, or is another version's.
         """
         from mlflow.exceptions import MlflowException
         from sqlalchemy.exc import SQLAlchemyError
 
-        file = self.folder / "mlflow.db"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder.parent / ".gitignore").write_text("*\n", encoding="utf-8")
         except OSError as error:
             raise DiskError(
-                f"Runs can't be recorded in {self.folder} ({error.strerror}): make it writable, "
+                f"Runs can't be kept in {self.folder} ({error.strerror}): make it writable, "
                 "or set tracking.on_unreachable in mlflow.yml to fail."
             ) from error
         try:
@@ -87,14 +97,14 @@ class Disk:
             if "schema" not in error.message:
                 raise
             raise DiskError(
-                f"{file}: its tables are those of another version of MLflow than the installed "
-                f"{version('mlflow')}: install that one to replay its runs, or try "
+                f"{self.file}: its tables are those of another version of MLflow than the "
+                f"installed {version('mlflow')}: install that one to replay its runs, or try "
                 f"`mlflow db upgrade {self.uri}`."
             ) from error
         except SQLAlchemyError as error:
             reason = str(getattr(error, "orig", None) or error).splitlines()[0]
             raise DiskError(
-                f"{file}: can't be read as a store of MLflow ({reason}): move it away."
+                f"{self.file}: can't be read as a store of MLflow ({reason}): move it away."
             ) from error
         return client
 
@@ -169,14 +179,12 @@ def experiment_on_disk(disk: Disk, experiment: ExperimentOptions) -> ExperimentO
     if known and known.artifact_location != disk.artifacts.as_uri():
         client.set_experiment_tag(known.experiment_id, EXPERIMENT, known.name)
         client.rename_experiment(known.experiment_id, f"{known.name} ({known.experiment_id})")
-    made = experiment.create_experiment_kwargs
-    tags = dict(made.tags or {})
-    if made.artifact_location:
-        tags[ARTIFACT_LOCATION] = made.artifact_location
-    update: dict[str, Any] = {"artifact_location": disk.artifacts.as_uri(), "tags": tags}
-    return experiment.model_copy(
-        update={"create_experiment_kwargs": made.model_copy(update=update)}
-    )
+    options = experiment.create_experiment_kwargs
+    tags = dict(options.tags or {})
+    if options.artifact_location:
+        tags[ARTIFACT_LOCATION] = options.artifact_location
+    on_disk = CreateExperimentOptions(artifact_location=disk.artifacts.as_uri(), tags=tags)
+    return experiment.model_copy(update={"create_experiment_kwargs": on_disk})
 
 
 def families(client: MlflowClient) -> list[list[Run]]:
@@ -184,38 +192,46 @@ def families(client: MlflowClient) -> list[list[Run]]:
     from mlflow.entities import ViewType
 
     experiments = pages(client.search_experiments, view_type=ViewType.ALL)
-    ids = [experiment.experiment_id for experiment in experiments]
-    runs = pages(client.search_runs, ids)
+    runs = pages(client.search_runs, [experiment.experiment_id for experiment in experiments])
     by_id = {run.info.run_id: run for run in runs}
 
-    def line(run: Run) -> list[Run]:
+    def line_of(run: Run) -> list[Run]:
         """Return a run and its ancestors, the root first."""
-        found = [run]
-        while parent := by_id.get(found[0].data.tags.get("mlflow.parentRunId", "")):
-            if parent in found:  # in a store that somebody has written by hand
+        line = [run]
+        while parent := by_id.get(line[0].data.tags.get("mlflow.parentRunId", "")):
+            if parent in line:  # in a store that somebody has written by hand
                 break
-            found.insert(0, parent)
-        return found
+            line.insert(0, parent)
+        return line
 
-    found: dict[str, list[tuple[int, int, Run]]] = {}
-    for run in runs:
-        (root, *others) = line(run)
-        entry = (len(others), run.info.start_time, run)
-        found.setdefault(root.info.run_id, []).append(entry)
-    in_order = sorted(found.values(), key=lambda family: min(entry[1] for entry in family))
-    return [[run for *_, run in sorted(family, key=lambda e: e[:2])] for family in in_order]
+    by_root: dict[str, list[Run]] = defaultdict(list)
+    lines = [line_of(run) for run in runs]
+    for line in sorted(lines, key=lambda line: (len(line), line[-1].info.start_time)):
+        by_root[line[0].info.run_id].append(line[-1])
+    return list(by_root.values())
+
+
+def ended_families(client: MlflowClient) -> list[list[Run]]:
+    """Return the families in a store on disk whose first run has ended: these can be replayed."""
+    return [family for family in families(client) if has_ended(family[0])]
+
+
+def runs_to_replay(project_path: Path) -> list[str]:
+    """Return the ids of the runs in a project that are to be replayed, for `doctor`."""
+    stores = [ended_families(disk.client()) for disk in disks(project_path)]
+    return [family[0].info.run_id for store in stores for family in store]
 
 
 def pages(search: Any, *arguments: Any, **options: Any) -> list[Any]:
-    """Return all that a search of MLflow's client finds, page after page."""
-    found: list[Any] = []
+    """Return all results of a search of MLflow's client, page after page."""
+    results: list[Any] = []
     token = None
     while True:
         page = search(*arguments, page_token=token, **options)
-        found += page
+        results += page
         token = page.token
         if not token:
-            return found
+            return results
 
 
 def has_ended(run: Run) -> bool:

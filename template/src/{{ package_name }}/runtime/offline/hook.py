@@ -10,14 +10,11 @@ from kedro.framework.hooks import hook_impl
 
 from ..binding import context_of_run, is_tracked, keep_run_in, run_of
 from ..config.loading import read_credentials
-from ..config.uris import shown_uri
-from ..stores import credentials
 from ..stores.errors import is_away, reason_of
-from .disk import Disk, DiskError, disk_of, experiment_on_disk
-from .replay import OF_REPLAYS, replay, waiting
+from .disk import Disk, DiskError, disk_of, ended_families, experiment_on_disk
+from .replay import replay, replaying
 
 if TYPE_CHECKING:
-    from kedro.framework.context import KedroContext
     from kedro.io import DataCatalog
 
     from ..stores.project import MlflowConfig
@@ -25,12 +22,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # In the environment of a run that is kept on disk, unless the user has set them.
-OF_RUNS = {
+RUN_VARIABLES = {
     # What a node reads from the server isn't waited for, for minutes, when that is away.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     # A thread that sends traces would lose them where a worker ends.
     "MLFLOW_ENABLE_ASYNC_TRACE_LOGGING": "false",
 }
+
+_STAYS = "The run %s is in %s and not on the server (%s). `kedro mlflow sync` replays it."
 
 
 class OfflineHook:
@@ -51,12 +50,17 @@ class OfflineHook:
         """Have the run opened in the store on disk."""
         context = context_of_run()
         config: MlflowConfig = context.mlflow  # type: ignore[attr-defined]
-        disk = _disk_of(context, config) if is_tracked(context, run_params) else None
-        if disk is None:
+        is_offline = config.tracking.on_unreachable == "offline" and is_tracked(context, run_params)
+        experiment = config.tracking.experiment
+        disk = disk_of(
+            config.server.connection,
+            context.project_path,
+            restore_if_deleted=experiment.restore_if_deleted,
+        )
+        if disk is None or not is_offline:
             return (yield)
         self._disks[id(catalog)] = disk, read_credentials(context)
-        experiment = experiment_on_disk(disk, config.tracking.experiment)
-        keep_run_in(catalog, disk.store, experiment, OF_RUNS)
+        keep_run_in(catalog, disk.store, experiment_on_disk(disk, experiment), RUN_VARIABLES)
         logger.info(
             "The run is kept on disk until it has ended: `kedro mlflow ui --offline` shows it"
         )
@@ -89,14 +93,6 @@ class OfflineHook:
             replay_after_run(disk, run.run_id, variables)
 
 
-def _disk_of(context: KedroContext, config: MlflowConfig) -> Disk | None:
-    """Return the store on disk that runs are kept in, when the server may go away."""
-    if config.tracking.on_unreachable != "offline":
-        return None
-    restore = config.tracking.experiment.restore_if_deleted
-    return disk_of(config.server.connection, context.project_path, restore_if_deleted=restore)
-
-
 def replay_after_run(disk: Disk, run_id: str, variables: Mapping[str, str]) -> None:
     """Replay what is on disk when a run has ended; what can't be replayed waits for the next time.
 
@@ -105,29 +101,14 @@ def replay_after_run(disk: Disk, run_id: str, variables: Mapping[str, str]) -> N
         run_id: The run's id on disk.
         variables: The environment that requests need: credentials.
     """
-    where = shown_uri(disk.server.tracking_uri)
-    key = f"replay {run_id}"
-    credentials.export(key, {**variables, **OF_REPLAYS})
     try:
-        with disk.locked():
-            for outcome in replay(disk, waiting(disk.client())):
-                name, on_disk = outcome.run.info.run_name, outcome.run.info.run_id
+        with replaying(disk, variables):
+            for outcome in replay(disk, ended_families(disk.client())):
+                run = f"MLflow run '{outcome.run.info.run_name}' ({outcome.run.info.run_id})"
                 if outcome.problem:
-                    logger.warning(
-                        "MLflow run '%s' (%s) stays in %s: %s",
-                        name,
-                        on_disk,
-                        disk.folder,
-                        outcome.problem,
-                    )
+                    logger.warning("%s stays in %s: %s", run, disk.folder, outcome.problem)
                 else:
-                    logger.info(
-                        "MLflow run '%s' (%s) is on %s as %s",
-                        name,
-                        on_disk,
-                        where,
-                        outcome.id_on_server,
-                    )
+                    logger.info("%s is on %s as %s", run, disk.address, outcome.id_on_server)
     except KeyboardInterrupt:
         logger.warning(_STAYS, run_id, disk.folder, "interrupted")
         raise
@@ -136,9 +117,4 @@ def replay_after_run(disk: Disk, run_id: str, variables: Mapping[str, str]) -> N
     except Exception as error:  # the run has ended well, whatever this is
         if not is_away(error):
             logger.error("Not replayed", exc_info=True)
-        logger.warning(_STAYS, run_id, disk.folder, f"{where}: {reason_of(error)}")
-    finally:
-        credentials.take_back(key)
-
-
-_STAYS = "The run %s is in %s and not on the server (%s). `kedro mlflow sync` replays it."
+        logger.warning(_STAYS, run_id, disk.folder, f"{disk.address}: {reason_of(error)}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from importlib import import_module
 from importlib.metadata import version
 from typing import Any
 
@@ -13,16 +12,18 @@ from kedro.framework.cli.project import run
 from kedro.framework.cli.utils import env_option
 from kedro.framework.project import pipelines
 from kedro.framework.startup import ProjectMetadata
-from kedro.pipeline import Pipeline
 
+from ..binding import bind, end, fail, open_run, secrets_of
 from ..cli.session import opened
+from ..config.loading import package_name
+from .hook import import_packing
 
 
 def _params(command: click.Context, _option: click.Parameter, value: str) -> dict[str, Any]:
     """Read `--params` as `kedro run` does."""
     (option,) = (option for option in run.params if option.name == "params")
-    read: dict[str, Any] = option.process_value(command, value)
-    return read
+    params: dict[str, Any] = option.process_value(command, value)
+    return params
 
 
 @click.command()
@@ -77,9 +78,16 @@ def modelify(
         "code_paths": list(code_paths),
         **{option: value for option, value in options.items() if value is not None},
     }
-    # Its import is slow, as it is MLflow's.
-    modelling = import_module(f"{__package__}.modelify")
+    if name not in pipelines:
+        known = ", ".join(sorted(pipelines))
+        raise click.ClickException(f"--pipeline: expected one of {known}, got {name!r}")
+    packing = import_packing()
     with opened(metadata, env, runtime_params=params) as context:
+        catalog = context.catalog
+        model = packing.KedroPipelineModel(
+            pipelines[name], catalog, input_name, copy_mode=copy_mode
+        )
+        packing.check(model, catalog, secrets_of(context), arguments)
         run_params = {
             "project_path": str(metadata.project_path),
             "env": context.env,
@@ -87,33 +95,25 @@ def modelify(
             "runtime_params": params,
             "pipeline_name": name,
         }
-        info = modelling.modelify(
-            context,
-            run_params,
-            _pipeline_named(name),
-            input_name,
-            copy_mode,
-            arguments,
-            _given(command, but=("env", "name", "params")),
-        )
+        given = _given_options(command, leave_out=("env", "name", "params"))
+        run = open_run(context, run_params, model.pipeline, catalog, ("mlflow", "modelify"), given)
+        bind(context, model.pipeline, catalog, run)
+        try:
+            info = packing.log(run, model, catalog, package_name(), arguments)
+        except BaseException as error:
+            fail(catalog, error)
+            raise
+        end(catalog, "FINISHED")
     click.echo(f"Logged: {info.model_uri}")
 
 
-def _pipeline_named(name: str) -> Pipeline:
-    known = sorted(pipelines.keys())
-    if name not in known:
-        raise click.ClickException(f"--pipeline: expected one of {', '.join(known)}, got {name!r}")
-    pipeline: Pipeline = pipelines[name]
-    return pipeline
-
-
-def _given(command: click.Context, but: Collection[str]) -> list[str]:
-    """Write the options that a command was given, but for some."""
+def _given_options(command: click.Context, leave_out: Collection[str]) -> list[str]:
+    """Return the options that a command was given, as they are typed."""
     words = []
     for option in command.command.params:
         value = command.params[str(option.name)]
         source = command.get_parameter_source(str(option.name))
-        if option.name not in but and source is not ParameterSource.DEFAULT:
+        if option.name not in leave_out and source is not ParameterSource.DEFAULT:
             values = value if isinstance(value, tuple) else [value]
             words += [option.opts[0] if v is True else f"{option.opts[0]}={v}" for v in values]
     return words

@@ -41,7 +41,7 @@ class ServingHook:
             names = ", ".join(sorted(pipeline.missing))
             logger.warning("No model will be logged: %s isn't in the part that runs", names)
             return (yield)
-        packing().check(
+        import_packing().check(
             _model_of(pipeline, catalog),
             catalog,
             secrets_of(context),
@@ -63,16 +63,16 @@ class ServingHook:
         run = run_of(catalog)
         if run and isinstance(pipeline, PipelineML) and not pipeline.missing:
             model, arguments = _model_of(pipeline, catalog), pipeline.log_model_kwargs
-            packing().log(run, model, catalog, package_name(), arguments)
+            import_packing().log(run, model, catalog, package_name(), arguments)
 
 
-def packing() -> Any:
+def import_packing() -> Any:
     """Import what makes a model of a pipeline: its classes are MLflow's, whose import is slow."""
     return import_module(f"{__package__}.packing")
 
 
 def _model_of(pipeline: PipelineML, catalog: DataCatalog) -> KedroPipelineModel:
-    model: KedroPipelineModel = packing().KedroPipelineModel(
+    model: KedroPipelineModel = import_packing().KedroPipelineModel(
         pipeline.inference, catalog, pipeline.input_name, **pipeline.kpm_kwargs
     )
     return model

@@ -48,9 +48,14 @@ def check(
     arguments: Mapping[str, Any],
     given: Iterable[str] = (),
 ) -> None:
-    """See before anything runs whether a model can be logged when all has run.
+    """Check before anything runs that a model can be logged when all has run.
 
-    Takes the arguments of `log`, and in `given` the datasets whose data stays in memory.
+    Args:
+        model: The pipeline's model.
+        catalog: Where the data of its input is.
+        secrets: What must not be in the model.
+        arguments: Those of `log`.
+        given: The datasets whose data stays in memory.
 
     Raises:
         PipelineError: When it can't, naming the parameter, argument or dataset.
@@ -159,7 +164,7 @@ class _Description(Model):
 def _infer(model: KedroPipelineModel, artifacts: dict[str, str], data: Any) -> ModelSignature:
     """Infer the signature from the data of the input, and a prediction from its first rows.
 
-    What can't be inferred is told in a warning: it must not cost the model of a long training.
+    What can't be inferred is a warning: it must not cost the model of a long training.
     """
     rows, predicted = _first_rows(data, EXAMPLE_ROWS), None
     if rows is not None:
@@ -170,11 +175,11 @@ def _infer(model: KedroPipelineModel, artifacts: dict[str, str], data: Any) -> M
             logger.warning("The model can't predict from the first rows of its input: %s", error)
     known = model.inference_params
     params = {name: value for name, value in known.items() if _is_inferable(name, value)}
-    inputs = _tried(lambda: _input_schema(data), f"schema of its input {model.input_name!r}")
+    inputs = _schema(_input_schema, data, f"its input {model.input_name!r}")
     outputs = None
     if predicted is not None:
-        outputs = _tried(
-            lambda: infer_signature(model_output=predicted).outputs, "schema of its output"
+        outputs = _schema(
+            lambda output: infer_signature(model_output=output).outputs, predicted, "its output"
         )
     return ModelSignature(inputs, outputs, infer_signature(params=params).params)
 
@@ -188,16 +193,17 @@ def _is_inferable(name: str, value: Any) -> bool:
     return True
 
 
-def _tried(describe: Callable[[], Any], what: str) -> Any:
+def _schema(infer: Callable[[Any], Any], data: Any, of_what: str) -> Any:
+    """Infer a schema; None with a warning where MLflow has none for the data."""
     try:
-        return describe()
+        return infer(data)
     except (MlflowException, TypeError, ValueError) as error:
-        logger.warning("The model gets no %s: %s", what, error)
+        logger.warning("The model gets no schema of %s: %s", of_what, error)
         return None
 
 
 def _input_schema(data: Any) -> Schema:
-    """Describe the input, if the model is then still handed what its nodes expect.
+    """Return the schema of the input, if with it nodes still get the kind of data they expect.
 
     MLflow makes a table of a list, a dictionary or a series when it has a schema for them.
     """
@@ -208,7 +214,7 @@ def _input_schema(data: Any) -> Schema:
 
 
 def _first_rows(data: Any, rows: int) -> Any:
-    """Give a few rows of what is in memory; None for other kinds of data."""
+    """Return the first rows of data in memory; None for data of a kind that has none."""
     package = type(data).__module__.partition(".")[0]
     if package == "pandas" and hasattr(data, "head"):
         return data.head(rows)
@@ -220,13 +226,10 @@ def _first_rows(data: Any, rows: int) -> Any:
 def _code(
     model: KedroPipelineModel, package: str, libraries: Iterable[Path], given: Iterable[str]
 ) -> list[str]:
-    """List the code for the model: the package, what else of it isn't installed, what is given."""
-    others = {name.partition(".")[0] for name in model.modules} - {
-        package,
-        "__main__",
-        *sys.stdlib_module_names,
-    }
-    found = [path for module in sorted(others) for path in sources(module)]
-    own = [path for path in found if not INSTALLED.intersection(path.parts)]
+    """Return the code for the model: the package, modules that aren't installed, what is given."""
+    known = {package, "__main__", *sys.stdlib_module_names}
+    others = {name.partition(".")[0] for name in model.modules} - known
+    files = [path for module in sorted(others) for path in sources(module)]
+    own = [path for path in files if not INSTALLED.intersection(path.parts)]
     paths = [*sources(package), *own, *libraries, *(Path(path).resolve() for path in given)]
     return [str(path) for path in dict.fromkeys(paths)]

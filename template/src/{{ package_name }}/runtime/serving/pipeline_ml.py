@@ -16,12 +16,14 @@ logger = logging.getLogger(__name__)
 
 _P = ParamSpec("_P")
 
-# Arguments of MLflow's `log_model` that the pipeline itself is the answer to.
-_OURS = {"python_model", "artifacts", "loader_module", "data_path"}
+# Arguments of MLflow's `log_model` that the pipeline itself is given as, and those of
+# `KedroPipelineModel` that can be chosen.
+_GIVEN_BY_PIPELINE = {"python_model", "artifacts", "loader_module", "data_path"}
+_KPM_KWARGS = {"runner", "copy_mode"}
 
 
 class PipelineError(click.ClickException):
-    """A pipeline that can't become a model; `kedro` tells the sentence, with exit status 1."""
+    """A pipeline that can't become a model; `kedro` prints the sentence, with exit status 1."""
 
 
 def pipeline_ml_factory(
@@ -31,17 +33,16 @@ def pipeline_ml_factory(
     kpm_kwargs: Mapping[str, Any] | None = None,
     log_model_kwargs: Mapping[str, Any] | None = None,
 ) -> PipelineML:
-    """Tie an inference pipeline to the training pipeline that makes what it needs.
+    """Return a training pipeline that logs an inference pipeline as a model when its run ends.
 
-    When a tracked run of it ends, the inference pipeline, together with what it needs of the
-    training's datasets and parameters, is logged to the run as a model of MLflow.
+    What the inference needs of the training's datasets and parameters is logged with it.
 
     Args:
         training: The pipeline to run.
         inference: The pipeline to predict with. It has one output, and its inputs are
             `input_name`, datasets of the training (each with an entry in the catalog, because what
             is only in memory is gone when the training ends), and parameters.
-        input_name: The input of the inference that who asks for a prediction provides.
+        input_name: The input of the inference that is given for each prediction.
         kpm_kwargs: Arguments of `KedroPipelineModel`: `runner`, `copy_mode`.
         log_model_kwargs: Arguments of `mlflow.pyfunc.log_model`. By default `name` is `model`,
             and `signature` is `auto`: inferred from the data of `input_name`, the output and the
@@ -77,6 +78,8 @@ class PipelineML(Pipeline):
     Pipelines that others are added to are plain ones, and say so.
     """
 
+    needed_hook = "ServingHook"  # without it no model would be logged
+
     def __init__(
         self,
         nodes: Iterable[Node | Pipeline],
@@ -90,8 +93,11 @@ class PipelineML(Pipeline):
         super().__init__(nodes, tags=tags)
         self.inference = inference
         self.input_name = input_name
-        self.kpm_kwargs = _checked("kpm_kwargs", kpm_kwargs, known={"runner", "copy_mode"})
+        self.kpm_kwargs = dict(kpm_kwargs or {})
         self.log_model_kwargs = _log_model_kwargs(log_model_kwargs)
+        if unknown := self.kpm_kwargs.keys() - _KPM_KWARGS:
+            expected = " or ".join(sorted(_KPM_KWARGS))
+            raise PipelineError(f"kpm_kwargs: unexpected {_quoted(unknown)}, expected {expected}")
 
     @property
     def training(self) -> Pipeline:
@@ -101,30 +107,27 @@ class PipelineML(Pipeline):
     @property
     def missing(self) -> set[str]:
         """Inputs that the inference lacks, when of the training only these nodes run."""
-        known = {_plain(name) for name in self.datasets()}
+        known = {_without_transcoding(name) for name in self.datasets()}
         return {
             name
             for name in self.inference.inputs() - {self.input_name}
-            if not is_parameter(name) and _plain(name) not in known
+            if not is_parameter(name) and _without_transcoding(name) not in known
         }
-
-    def _of(self, training: Pipeline) -> PipelineML:
-        return PipelineML(
-            training.nodes,
-            inference=self.inference,
-            input_name=self.input_name,
-            kpm_kwargs=self.kpm_kwargs,
-            log_model_kwargs=self.log_model_kwargs,
-        )
 
     @staticmethod
     def _keeping(
         method: Callable[Concatenate[Pipeline, _P], Pipeline],
     ) -> Callable[Concatenate[PipelineML, _P], PipelineML]:
-        """Do to the training what a method of pipelines does, and keep the inference."""
+        """Return a method that does the same to the training, and keeps the inference."""
 
         def keep(self: PipelineML, /, *args: _P.args, **kwargs: _P.kwargs) -> PipelineML:
-            return self._of(method(self.training, *args, **kwargs))
+            return PipelineML(
+                method(self.training, *args, **kwargs).nodes,
+                inference=self.inference,
+                input_name=self.input_name,
+                kpm_kwargs=self.kpm_kwargs,
+                log_model_kwargs=self.log_model_kwargs,
+            )
 
         return update_wrapper(keep, method)
 
@@ -170,7 +173,7 @@ class PipelineML(Pipeline):
 
 
 def check_inference(inference: Pipeline, input_name: str) -> None:
-    """See whether an inference pipeline can be a model.
+    """Check that an inference pipeline can be a model.
 
     Raises:
         PipelineError: When it can't, saying why.
@@ -186,7 +189,7 @@ def check_inference(inference: Pipeline, input_name: str) -> None:
             f"input_name: expected an input of the inference pipeline, one of {_quoted(inputs)}, "
             f"got {input_name!r}"
         )
-    made = inference.all_outputs()
+    saved = inference.all_outputs()
     for node in inference.nodes:
         if isgeneratorfunction(node.func):
             raise PipelineError(
@@ -194,15 +197,20 @@ def check_inference(inference: Pipeline, input_name: str) -> None:
                 "expected one that returns it, because a prediction is made in memory."
             )
         for name in node.inputs:
-            if name not in made and name not in inputs:  # the same dataset by another name
+            if name not in saved and name not in inputs:  # the same dataset by another name
+                plain = _without_transcoding(name)
                 raise PipelineError(
-                    f"The inference pipeline saves {_plain(name)!r} and loads it as {name!r}: "
-                    "expected one name, because a prediction is made in memory."
+                    f"The inference pipeline saves {plain!r} and loads it as {name!r}: expected "
+                    "one name, because a prediction is made in memory."
                 )
 
 
 def _log_model_kwargs(given: Mapping[str, Any] | None) -> dict[str, Any]:
-    kwargs = _checked("log_model_kwargs", given, refused=_OURS)
+    kwargs = dict(given or {})
+    if refused := kwargs.keys() & _GIVEN_BY_PIPELINE:
+        raise PipelineError(
+            f"log_model_kwargs: unexpected {_quoted(refused)}, the pipeline is the model"
+        )
     if "artifact_path" in kwargs:  # MLflow's earlier word for `name`
         if "name" in kwargs:
             raise PipelineError(
@@ -218,25 +226,9 @@ def _log_model_kwargs(given: Mapping[str, Any] | None) -> dict[str, Any]:
     return {"name": "model", "signature": "auto", **kwargs}
 
 
-def _checked(
-    what: str,
-    given: Mapping[str, Any] | None,
-    *,
-    known: set[str] | None = None,
-    refused: set[str] | None = None,
-) -> dict[str, Any]:
-    kwargs = dict(given or {})
-    wrong = {name for name in kwargs if name in (refused or ()) or name not in (known or kwargs)}
-    if wrong:
-        right = f"expected {' or '.join(sorted(known))}" if known else "the pipeline is the model"
-        raise PipelineError(f"{what}: unexpected {_quoted(wrong)}, {right}")
-    return kwargs
-
-
 def _quoted(names: Iterable[str]) -> str:
     return ", ".join(repr(name) for name in sorted(names))
 
 
-def _plain(name: str) -> str:
-    """Give a dataset's name without its transcoding."""
+def _without_transcoding(name: str) -> str:
     return name.partition("@")[0]

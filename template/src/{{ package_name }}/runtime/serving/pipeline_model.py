@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import inspect
 import logging
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextvars import ContextVar
 from functools import partial
-from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -84,9 +84,9 @@ class KedroPipelineModel(PythonModel):
         self.parameters: dict[str, Any] = {}
         self._copy_modes = _copy_modes(self.pipeline, copy_mode)
         self._runner_name = _name_of(type(runner or SequentialRunner()))
-        self._make_runner = _recipe(runner or SequentialRunner())
+        self._make_runner = _maker_of(runner or SequentialRunner())
         self._sources: dict[str, Mapping[str, Any] | None] = {}
-        self._datasets = _Here()
+        self._datasets = _LocalDatasets()
         self._data: dict[str, Any] | None = None
         for name in sorted(self.pipeline.inputs() - {input_name}):
             dataset = uncached(catalog.get(name))
@@ -133,7 +133,11 @@ class KedroPipelineModel(PythonModel):
         self._expect(self._datasets, "a model that was pickled has left its datasets behind")
         artifacts = {}
         for name, dataset in self._datasets.items():
-            folder = _new_folder(parameters_saving_folder / _file_name(name))
+            # Characters of two names may be replaced by the same.
+            folder = parameters_saving_folder / re.sub(r"[^\w.-]", "_", name)
+            while folder.exists():
+                folder = folder.with_name(f"{folder.name}_")
+            folder.mkdir(parents=True)
             try:
                 self._sources[name] = copies.copy(dataset, folder)
             except DatasetError as error:
@@ -151,12 +155,12 @@ class KedroPipelineModel(PythonModel):
             for name, source in self._sources.items()
         }
         self._data = {**self.parameters, **loaded}
-        logging.getLogger("kedro.pipeline.node").addFilter(_no_nodes)
+        logging.getLogger("kedro.pipeline.node").addFilter(_is_logged)
 
-    def _expect(self, given: Collection[str], otherwise: str) -> None:
+    def _expect(self, given: Collection[str], reason: str) -> None:
         persisted = self.pipeline.inputs() - {self.input_name, *self.parameters}
         if missing := sorted(persisted.difference(given)):
-            raise PipelineError(f"The model lacks {', '.join(missing)}: {otherwise}")
+            raise PipelineError(f"The model lacks {', '.join(missing)}: {reason}")
 
     def predict(  # type: ignore[no-untyped-def]
         self,
@@ -175,22 +179,21 @@ class KedroPipelineModel(PythonModel):
         if self._data is None:
             raise PipelineError("The model isn't loaded: use mlflow.pyfunc.load_model.")
         given = dict(params or {})
-        wanted = None if "params:runner" in self.parameters else given.pop("runner", None)
-        make_runner = self._runner_named(wanted)
-        data = {**self._data, **self._overridden(given), self.input_name: model_input}
+        runner = None if "params:runner" in self.parameters else given.pop("runner", None)
+        make_runner = self._runner_maker(runner)
+        data = {**self._data, **self._parameters_of(given), self.input_name: model_input}
         if make_runner is SequentialRunner:
             return self._call_nodes(data)
         return self._run(make_runner(), data)
 
     def _call_nodes(self, data: dict[str, Any]) -> Any:
         """Do what a SequentialRunner does, without its catalog."""
-        before = _predicting.set(True)
+        before = _is_predicting.set(True)
         try:
             for node in self.pipeline.nodes:
-                inputs = {name: self._handed(name, data[name]) for name in node.inputs}
-                data.update(node.run(inputs))
+                data.update(node.run({name: self._input(name, data[name]) for name in node.inputs}))
         finally:
-            _predicting.reset(before)
+            _is_predicting.reset(before)
         return data[self.output_name]
 
     def _run(self, runner: AbstractRunner, data: Mapping[str, Any]) -> Any:
@@ -199,8 +202,8 @@ class KedroPipelineModel(PythonModel):
             hooks = MemoryDataset(_NoHooks(), copy_mode="assign")
             catalog: DataCatalog = SharedMemoryDataCatalog({**datasets, _NO_HOOKS: hooks})
         else:
-            made = {name: self._in_memory(name) for name in self.pipeline.all_outputs()}
-            catalog = DataCatalog({**datasets, **made})
+            outputs = {name: self._in_memory(name) for name in self.pipeline.all_outputs()}
+            catalog = DataCatalog({**datasets, **outputs})
         return runner.run(self.pipeline, catalog)[self.output_name].load()
 
     def _in_memory(self, name: str, *value: Any) -> MemoryDataset:
@@ -209,32 +212,33 @@ class KedroPipelineModel(PythonModel):
             mode = None  # Kedro's choice for a number, and for what isn't known yet
         return MemoryDataset(*value, copy_mode=mode)  # type: ignore[arg-type, misc]
 
-    def _handed(self, name: str, value: Any) -> Any:
+    def _input(self, name: str, value: Any) -> Any:
+        """Return a value as a node gets it: a copy, if that is how it is handed out."""
         if self._copy_modes[name] == "assign":
             return value
         return self._in_memory(name, value).load()
 
-    def _overridden(self, given: Mapping[str, Any]) -> dict[str, Any]:
+    def _parameters_of(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the values that a request gives, by the names of their datasets."""
         values = {}
         for name, value in given.items():
             dataset = f"params:{name}"
             if name == "parameters" and dataset not in self.parameters:
                 dataset = name
             if dataset not in self.parameters:
-                raise _refused(f"params: unknown {name!r}, expected {self._known_params()}")
+                expected = " or ".join(map(repr, self.inference_params))
+                raise _bad_request(f"params: unknown {name!r}, expected {expected}")
             values[dataset] = value
         return values
 
-    def _known_params(self) -> str:
-        return " or ".join(repr(name) for name in self.inference_params)
-
-    def _runner_named(self, name: str | None) -> Callable[[], AbstractRunner]:
+    def _runner_maker(self, name: str | None) -> Callable[[], AbstractRunner]:
+        """Return what makes the runner that a request names, or that the model has."""
         if name in (None, self._runner_name):
             return self._make_runner
         # No other class: a request must not have just anything imported and called.
         if name not in _RUNNERS:
-            known = dict.fromkeys((self._runner_name, *_RUNNERS))
-            raise _refused(f"params: runner: expected {' or '.join(known)}, got {name!r}")
+            expected = " or ".join(dict.fromkeys((self._runner_name, *_RUNNERS)))
+            raise _bad_request(f"params: runner: expected {expected}, got {name!r}")
         runner: Callable[[], AbstractRunner] = getattr(kedro.runner, name)
         return runner
 
@@ -248,18 +252,18 @@ def is_in_memory(dataset: AbstractDataset[Any, Any]) -> bool:
     return isinstance(dataset, MemoryDataset | SharedMemoryDataset)
 
 
-class _Here(dict[str, AbstractDataset[Any, Any]]):
+class _LocalDatasets(dict[str, AbstractDataset[Any, Any]]):
     """The datasets of the place where a model is made: their paths and credentials stay there."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Here, ()
+        return _LocalDatasets, ()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Here:
+    def __deepcopy__(self, memo: dict[int, Any]) -> _LocalDatasets:
         return self
 
 
 def _types_in(source: Any) -> Iterator[Any]:
-    """Give the type of a dataset, and of the one inside it, from its configuration."""
+    """Yield the type of a dataset, and of the one inside it, from its configuration."""
     if isinstance(source, Mapping):
         yield source["type"]
         yield from _types_in(source.get("dataset"))
@@ -268,24 +272,12 @@ def _types_in(source: Any) -> Iterator[Any]:
 
 
 def _module_of(thing: Any) -> str:
-    """Name the module of a class or function; of what is named as in catalog.yml, too."""
+    """Return the module of a class or function, which may be named as in catalog.yml."""
     while isinstance(thing, partial):
         thing = thing.func
     if isinstance(thing, str):
         return thing
     return str(getattr(thing, "__module__", None) or type(thing).__module__)
-
-
-def _file_name(dataset: str) -> str:
-    return "".join(c if c.isalnum() or c in "-_." else "_" for c in dataset)
-
-
-def _new_folder(wanted: Path) -> Path:
-    """Make a folder; with a number when there is one that other characters were left out of."""
-    names = chain([wanted.name], (f"{wanted.name}_{number}" for number in count(2)))
-    folder = next(path for path in map(wanted.with_name, names) if not path.exists())
-    folder.mkdir(parents=True)
-    return folder
 
 
 def _copy_modes(
@@ -308,8 +300,8 @@ def _name_of(runner: type[AbstractRunner]) -> str:
     return f"{runner.__module__}.{runner.__qualname__}"
 
 
-def _recipe(runner: AbstractRunner) -> Callable[[], AbstractRunner]:
-    """Give what makes such a runner: one that was started can't travel, nor be shared."""
+def _maker_of(runner: AbstractRunner) -> Callable[[], AbstractRunner]:
+    """Return what makes such a runner: one that was started can't be pickled, nor shared."""
     kind = type(runner)
     options = {}
     for name, parameter in inspect.signature(kind).parameters.items():
@@ -326,8 +318,8 @@ def _recipe(runner: AbstractRunner) -> Callable[[], AbstractRunner]:
     return partial(kind, **options)
 
 
-def _refused(what: str) -> MlflowException:
-    """Make the error that MLflow's scoring server answers with status 400."""
+def _bad_request(what: str) -> MlflowException:
+    """Return the error that MLflow's scoring server answers with status 400."""
     return MlflowException.invalid_parameter_value(what)  # type: ignore[no-any-return]
 
 
@@ -343,15 +335,12 @@ def _keep_hooks_out() -> _NoHooks:
     return _NoHooks()
 
 
-class _NoNodes(logging.Filter):
-    """Hide the line that Kedro tells at each node, while a model predicts.
+def _is_logged(record: logging.LogRecord) -> bool:
+    """Leave out the line that Kedro logs for each node, while a model predicts.
 
-    A service would tell little else, and it takes many times as long as calling the node.
+    A service would log little else, and it takes many times as long as calling the node.
     """
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return record.levelno > logging.INFO or not _predicting.get()
+    return record.levelno > logging.INFO or not _is_predicting.get()
 
 
-_predicting = ContextVar("predicting", default=False)
-_no_nodes = _NoNodes()
+_is_predicting = ContextVar("is_predicting", default=False)
