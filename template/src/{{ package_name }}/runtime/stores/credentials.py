@@ -59,17 +59,6 @@ def exporting(variables: Mapping[str, str | None]) -> Iterator[None]:
         take_back(key)
 
 
-@contextmanager
-def exporting(variables: Mapping[str, str | None]) -> Iterator[None]:
-    """Set environment variables for a `with` block."""
-    key = uuid4().hex
-    export(key, variables)
-    try:
-        yield
-    finally:
-        take_back(key)
-
-
 def original(name: str) -> str | None:
     """Return what an environment variable is without what runs have exported."""
     held = state.current()
