@@ -1,14 +1,15 @@
-"""Run `kedro …` in a process forked from one that has imported MLflow, which saves its seconds.
+"""Run `python -m …` in a process forked from one that has imported MLflow, which takes seconds.
 
-A fork is a process of its own: with its environment, working directory, output, signals and status.
-What it shares with `python -m kedro` in a shell is all but the imports; a test that is about these
-starts a new one.
+A fork is a process of its own, with its environment, folder, output, signals and exit status. What
+it doesn't do as a new process are the first imports of libraries: a test that is about these starts
+a new one.
 """
 
 from __future__ import annotations
 
 import atexit
 import gc
+import io
 import json
 import os
 import runpy
@@ -26,6 +27,8 @@ from typing import IO, Any
 
 # What runs import; not each environment has all.
 LIBRARIES = [
+    "distributed.cli.dask_scheduler",
+    "distributed.cli.dask_worker",
     "git",
     "kedro.framework.cli",
     "kedro.framework.session",
@@ -50,7 +53,7 @@ SIZE = 1 << 20
 
 
 class Fork:
-    """A running `kedro …`, with what the tests use of `subprocess.Popen`."""
+    """A running process, with what the tests use of `subprocess.Popen`."""
 
     def __init__(self, pid: int, answers: socket.socket, stdout: IO[str] | None) -> None:
         self.pid = pid
@@ -69,7 +72,7 @@ class Fork:
 
     def wait(self, timeout: float | None = None) -> int:
         if not self._ended.wait(timeout):
-            raise subprocess.TimeoutExpired("kedro", timeout or 0)
+            raise subprocess.TimeoutExpired(f"process {self.pid}", timeout or 0)
         assert self.returncode is not None
         return self.returncode
 
@@ -92,6 +95,7 @@ class Fork:
 
 
 def start(
+    module: str,
     words: Sequence[str],
     folder: Path,
     env: Mapping[str, str],
@@ -100,10 +104,11 @@ def start(
     stderr: int | None = None,
     new_session: bool = False,
 ) -> Fork:
-    """Start `kedro …`.
+    """Start `python -m module words`.
 
     Args:
-        words: The arguments.
+        module: The module, or package, to run.
+        words: Its arguments.
         folder: Where it works.
         env: Its environment.
         stdout: Descriptor of a file for what it writes; by default a pipe to `stdout` of the fork.
@@ -113,6 +118,7 @@ def start(
     answers, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     read, write = (None, stdout) if stdout is not None else os.pipe()
     request = {
+        "module": module,
         "words": words,
         "folder": str(folder),
         "env": dict(env),
@@ -124,7 +130,8 @@ def start(
     if read is not None:
         os.close(write)
     pid = int(answers.recv(SIZE))
-    return Fork(pid, answers, None if read is None else open(read, encoding="utf-8"))
+    file = None if read is None else io.TextIOWrapper(io.FileIO(read), encoding="utf-8")
+    return Fork(pid, answers, file)
 
 
 @cache
@@ -149,8 +156,8 @@ def _server() -> socket.socket:
     return ours
 
 
-def _serve(requests: socket.socket) -> None:
-    """Fork for each request; returns in the processes that are to run it."""
+def _serve(requests: socket.socket) -> str:
+    """Fork for each request; returns in a fork, with the module to run there."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those who wait
     while True:
         text, descriptors, _, _ = socket.recv_fds(requests, SIZE, 3)
@@ -172,7 +179,9 @@ def _serve(requests: socket.socket) -> None:
         with suppress(OSError):  # nobody is left to hear it
             answers.send(str(os.waitstatus_to_exitcode(status)).encode())
         os._exit(0)
-    _become(json.loads(text), descriptors)
+    request = json.loads(text)
+    _become(request, descriptors)
+    return str(request["module"])
 
 
 def _become(request: dict[str, Any], descriptors: list[int]) -> None:
@@ -193,7 +202,7 @@ def _become(request: dict[str, Any], descriptors: list[int]) -> None:
     os.chdir(request["folder"])
     paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     sys.path[:0] = [request["folder"], *filter(None, paths)]
-    sys.argv = ["kedro", *request["words"]]
+    sys.argv[1:] = request["words"]
 
 
 def main() -> None:
@@ -207,8 +216,8 @@ def main() -> None:
         if name.partition(".")[0] in ("kedro", "kedro_datasets"):
             del sys.modules[name]
     gc.freeze()  # what is never collected needs no copy in each fork
-    _serve(socket.socket(fileno=int(sys.argv[1])))
-    runpy.run_module("kedro", run_name="__main__", alter_sys=True)
+    module = _serve(socket.socket(fileno=int(sys.argv[1])))
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":

@@ -100,18 +100,19 @@ class Project:
     def start(self, *words: str, new_session: bool = False, **env: str) -> forks.Fork:
         """Start `kedro …` in a process of its own, which writes all it writes to `stdout`."""
         words = tuple(for_kedro(word) for word in words)
-        return forks.start(words, self.path, os.environ | env, new_session=new_session)
+        return forks.start("kedro", words, self.path, os.environ | env, new_session=new_session)
 
     def kedro(self, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
         """Run `kedro …` in a process of its own."""
         words = tuple(for_kedro(word) for word in words)
         env = {**os.environ, "COLUMNS": "200", **env}
         with TemporaryFile("w+") as out, TemporaryFile("w+") as err:
-            fork = forks.start(words, self.path, env, stdout=out.fileno(), stderr=err.fileno())
+            files = {"stdout": out.fileno(), "stderr": err.fileno()}
+            process = forks.start("kedro", words, self.path, env, **files)
             try:
-                status = fork.wait(300)
+                status = process.wait(300)
             finally:
-                fork.kill()
+                process.kill()
             out.seek(0)
             err.seek(0)
             return subprocess.CompletedProcess(words, status, out.read(), err.read())
