@@ -27,6 +27,7 @@ from typing import IO, Any
 
 # What runs import; not each environment has all.
 LIBRARIES = [
+    "boto3",
     "distributed.cli.dask_scheduler",
     "distributed.cli.dask_worker",
     "git",
