@@ -13,17 +13,20 @@ import io
 import json
 import os
 import runpy
+import select
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 # What runs import; not each environment has all.
 LIBRARIES = [
@@ -49,23 +52,23 @@ LIBRARIES = [
     "skops.io",
     "sklearn.linear_model",
 ]
-# A request with the environment of a process.
+# The longest message: a request with the environment of a process.
 SIZE = 1 << 20
 
 
 class Fork:
     """A running process, with what the tests use of `subprocess.Popen`."""
 
-    def __init__(self, pid: int, answers: socket.socket, stdout: IO[str] | None) -> None:
-        self.pid = pid
-        self.stdout = stdout
+    def __init__(self, server: socket.socket, stdout: int | None) -> None:
+        self.pid = int(server.recv(SIZE))
+        self.stdout = None if stdout is None else io.TextIOWrapper(io.FileIO(stdout))
         self.returncode: int | None = None
         self._ended = threading.Event()
-        threading.Thread(target=self._wait, args=(answers,), daemon=True).start()
+        threading.Thread(target=self._wait, args=(server,), daemon=True).start()
 
-    def _wait(self, answers: socket.socket) -> None:
-        with answers:
-            self.returncode = int(answers.recv(SIZE))
+    def _wait(self, server: socket.socket) -> None:
+        with server:
+            self.returncode = int(server.recv(SIZE))
         self._ended.set()
 
     def poll(self) -> int | None:
@@ -116,7 +119,46 @@ def start(
         stderr: Descriptor of a file for its errors; by default they go where the output goes.
         new_session: Whether it leads a session of its own, as a command in a terminal.
     """
-    answers, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    return _ask(_server(), module, words, folder, env, stdout, stderr, new_session)
+
+
+def run(
+    module: str, words: Sequence[str], folder: Path, env: Mapping[str, str]
+) -> subprocess.CompletedProcess[str]:
+    """Run `python -m module words` to its end."""
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        process = start(module, words, folder, env, stdout=out.fileno(), stderr=err.fileno())
+        try:
+            status = process.wait(300)
+        finally:
+            process.kill()
+        out.seek(0)
+        err.seek(0)
+        return subprocess.CompletedProcess([module, *words], status, out.read(), err.read())
+
+
+def write_commands(folder: Path, *modules: str) -> None:
+    """Write commands into a folder that run modules in forks, for a shell that a test starts."""
+    folder.mkdir()
+    for module in modules:
+        file = folder / module
+        words = f"{sys.executable} -IS {__file__} ask {_server()} {module}"
+        file.write_text(f'#!/bin/sh\nexec {words} "$@"\n')
+        file.chmod(0o755)
+
+
+def _ask(
+    server: str,
+    module: str,
+    words: Sequence[str],
+    folder: Path,
+    env: Mapping[str, str],
+    stdout: int | None = None,
+    stderr: int | None = None,
+    new_session: bool = False,
+) -> Fork:
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    connection.connect(server)
     read, write = (None, stdout) if stdout is not None else os.pipe()
     request = {
         "module": module,
@@ -125,75 +167,75 @@ def start(
         "env": dict(env),
         "new_session": new_session,
     }
-    descriptors = [theirs.fileno(), write, write if stderr is None else stderr]
-    socket.send_fds(_server(), [json.dumps(request).encode()], descriptors)
-    theirs.close()
+    descriptors = [write, write if stderr is None else stderr]
+    socket.send_fds(connection, [json.dumps(request).encode()], descriptors)
     if read is not None:
         os.close(write)
-    pid = int(answers.recv(SIZE))
-    file = None if read is None else io.TextIOWrapper(io.FileIO(read), encoding="utf-8")
-    return Fork(pid, answers, file)
+    return Fork(connection, read)
 
 
 @cache
-def _server() -> socket.socket:
-    """Start the process to fork from; gives the socket for requests."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with theirs:
+def _server() -> str:
+    """Start the process to fork from; gives the address of its socket."""
+    folder = tempfile.TemporaryDirectory(prefix="forks")
+    address = f"{folder.name}/socket"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(address)
+        listener.listen(16)
         process = subprocess.Popen(
-            [sys.executable, __file__, str(theirs.fileno())],
+            [sys.executable, __file__, "serve", str(listener.fileno())],
             env={**os.environ, "COLUMNS": "200"},
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,  # the server ends when nobody has the other end
             stdout=subprocess.DEVNULL,
-            pass_fds=[theirs.fileno()],
+            pass_fds=[listener.fileno()],
         )
 
     @atexit.register
     def end() -> None:
-        ours.close()
         process.kill()
-        process.wait()
+        process.communicate()
+        folder.cleanup()
 
-    return ours
+    return address
 
 
-def _serve(requests: socket.socket) -> str:
+def _serve(listener: socket.socket) -> str:
     """Fork for each request; returns in a fork, with the module to run there."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those who wait
     while True:
-        text, descriptors, _, _ = socket.recv_fds(requests, SIZE, 3)
-        if not text:
+        if sys.stdin in select.select([listener, sys.stdin], [], [])[0]:
             sys.exit()
+        connection, _ = listener.accept()
         if os.fork() == 0:
             break
-        for descriptor in descriptors:
-            os.close(descriptor)
+        connection.close()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    requests.close()
+    listener.close()
+    text, (stdout, stderr), _, _ = socket.recv_fds(connection, SIZE, 2)
     process = os.fork()
     if process:
-        answers = socket.socket(fileno=descriptors[0])
-        for descriptor in descriptors[1:]:
-            os.close(descriptor)
-        answers.send(str(process).encode())
+        os.close(stdout)
+        os.close(stderr)
+        connection.send(str(process).encode())
         _, status = os.waitpid(process, 0)
-        with suppress(OSError):  # nobody is left to hear it
-            answers.send(str(os.waitstatus_to_exitcode(status)).encode())
+        with suppress(OSError):  # who has asked is gone
+            connection.send(str(os.waitstatus_to_exitcode(status)).encode())
         os._exit(0)
+    connection.close()
+    with open(os.devnull) as nothing:  # noqa: PTH123
+        for file, number in ((nothing.fileno(), 0), (stdout, 1), (stderr, 2)):
+            os.dup2(file, number)
+    os.close(stdout)
+    os.close(stderr)
     request = json.loads(text)
-    _become(request, descriptors)
+    _become(request)
     return str(request["module"])
 
 
-def _become(request: dict[str, Any], descriptors: list[int]) -> None:
+def _become(request: dict[str, Any]) -> None:
     """Make this process what a new one would be."""
     if request["new_session"]:
         os.setsid()
-    _, stdout, stderr = descriptors
-    os.dup2(stdout, 1)
-    os.dup2(stderr, 2)
-    for descriptor in descriptors:
-        os.close(descriptor)
     # As in a terminal, whoever runs the tests.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for number in (signal.SIGHUP, signal.SIGTERM):
@@ -201,14 +243,14 @@ def _become(request: dict[str, Any], descriptors: list[int]) -> None:
     os.environ.clear()
     os.environ.update(request["env"])
     os.chdir(request["folder"])
+    if "PYTHONWARNINGS" in os.environ:
+        warnings.simplefilter(os.environ["PYTHONWARNINGS"])  # type: ignore[arg-type]
     paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     sys.path[:0] = [request["folder"], *filter(None, paths)]
     sys.argv[1:] = request["words"]
 
 
-def main() -> None:
-    """Import what a run needs, and run what is asked for."""
-    del sys.path[0]  # this file's folder
+def _import_libraries() -> None:
     for name in LIBRARIES:
         with suppress(ImportError):
             import_module(name)
@@ -217,9 +259,16 @@ def main() -> None:
         if name.partition(".")[0] in ("kedro", "kedro_datasets"):
             del sys.modules[name]
     gc.freeze()  # what is never collected needs no copy in each fork
-    module = _serve(socket.socket(fileno=int(sys.argv[1])))
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1] == "serve":
+        del sys.path[0]  # this file's folder
+        _import_libraries()
+        name = _serve(socket.socket(fileno=int(sys.argv[2])))
+        runpy.run_module(name, run_name="__main__", alter_sys=True)
+    else:
+        _, _, address, name, *arguments = sys.argv
+        fork = _ask(address, name, arguments, Path.cwd(), os.environ, 1, 2)
+        status = fork.wait()
+        sys.exit(status if status >= 0 else 128 - status)

@@ -11,7 +11,6 @@ import textwrap
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Any
 
 import pytest
@@ -105,17 +104,7 @@ class Project:
     def kedro(self, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
         """Run `kedro …` in a process of its own."""
         words = tuple(for_kedro(word) for word in words)
-        env = {**os.environ, "COLUMNS": "200", **env}
-        with TemporaryFile("w+") as out, TemporaryFile("w+") as err:
-            files = {"stdout": out.fileno(), "stderr": err.fileno()}
-            process = forks.start("kedro", words, self.path, env, **files)
-            try:
-                status = process.wait(300)
-            finally:
-                process.kill()
-            out.seek(0)
-            err.seek(0)
-            return subprocess.CompletedProcess(words, status, out.read(), err.read())
+        return forks.run("kedro", words, self.path, {**os.environ, "COLUMNS": "200", **env})
 
     def kedro_anew(self, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
         """Run `kedro …` in a new process: in one that hasn't imported anything before."""

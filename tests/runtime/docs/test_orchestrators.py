@@ -18,6 +18,7 @@ from mlflow import MlflowClient
 from mlflow.utils.databricks_utils import get_databricks_host_creds
 
 from ...conftest import REPOSITORY
+from ...support import forks
 from ...support.projects import Project, needs_kedro
 from ...support.servers import CountingProxy, counting_proxy, free_port
 
@@ -80,7 +81,10 @@ def shared(new_project: Callable[..., Project], server: CountingProxy) -> Projec
 
 def shell(project: Project, commands: str, **env: str) -> subprocess.Popen[bytes]:
     """Start a shell in the project's folder, with this environment's commands."""
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    commands_in_forks = project.path.with_name(f"{project.package} bin")
+    forks.write_commands(commands_in_forks, "kedro", "mlflow")
+    here = str(Path(sys.executable).parent)
+    path = os.pathsep.join([str(commands_in_forks), here, os.environ["PATH"]])
     return subprocess.Popen(
         ["bash", "-euc", commands],
         cwd=project.path,

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from ...conftest import REPOSITORY
+from ...support import forks
 from ...support.projects import Project
 
 GUIDE = (REPOSITORY / "docs" / "runs.md").read_text("utf-8")
@@ -70,12 +71,12 @@ def test_the_script_of_the_guide_makes_one_run(project: Project) -> None:
     check(project, "nightly", "FINISHED")
 
 
-def test_the_commands_of_the_guide_make_one_run(project: Project) -> None:
+def test_the_commands_of_the_guide_make_one_run(project: Project, tmp_path: Path) -> None:
     write(project)
-    here = Path(sys.executable).parent
+    forks.write_commands(tmp_path / "bin", "kedro", "mlflow")
 
     subprocess.run(
-        ["bash", "-euc", f'PATH="{here}:$PATH"\n{COMMANDS}'], cwd=project.path, check=True
+        ["bash", "-euc", f'PATH="{tmp_path}/bin:$PATH"\n{COMMANDS}'], cwd=project.path, check=True
     )
 
     check(project, None, "RUNNING")
