@@ -28,18 +28,16 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-# What runs import; not each environment has all.
+# What runs import, but for Kedro: it reads settings, and sets up logging, when it is imported.
+# Not each environment has all.
 LIBRARIES = [
+    "attr",
     "boto3",
     "distributed.cli.dask_scheduler",
     "distributed.cli.dask_worker",
+    "dynaconf",
+    "fsspec.implementations.local",
     "git",
-    "kedro.framework.cli",
-    "kedro.framework.session",
-    "kedro.runner",
-    "kedro_datasets.json",
-    "kedro_datasets.pandas",
-    "kedro_datasets.text",
     "matplotlib.pyplot",
     "mlflow.models",
     "mlflow.pyfunc",
@@ -47,10 +45,14 @@ LIBRARIES = [
     "mlflow.store.model_registry.sqlalchemy_store",
     "mlflow.store.tracking.rest_store",
     "mlflow.store.tracking.sqlalchemy_store",
+    "more_itertools",
+    "omegaconf",
+    "pandas",
     "pydantic",
+    "rich.logging",
     "rich.table",
-    "skops.io",
     "sklearn.linear_model",
+    "skops.io",
 ]
 # The longest message: a request with the environment of a process.
 SIZE = 1 << 20
@@ -137,14 +139,15 @@ def run(
         return subprocess.CompletedProcess([module, *words], status, out.read(), err.read())
 
 
-def write_commands(folder: Path, *modules: str) -> None:
-    """Write commands into a folder that run modules in forks, for a shell that a test starts."""
+def write_commands(folder: Path, *modules: str) -> str:
+    """Write commands into a new folder that run modules in forks; gives a PATH with them."""
     folder.mkdir()
     for module in modules:
         file = folder / module
         words = f"{sys.executable} -IS {__file__} ask {_server()} {module}"
         file.write_text(f'#!/bin/sh\nexec {words} "$@"\n')
         file.chmod(0o755)
+    return os.pathsep.join([str(folder), str(Path(sys.executable).parent), os.environ["PATH"]])
 
 
 def _ask(
@@ -250,21 +253,13 @@ def _become(request: dict[str, Any]) -> None:
     sys.argv[1:] = request["words"]
 
 
-def _import_libraries() -> None:
-    for name in LIBRARIES:
-        with suppress(ImportError):
-            import_module(name)
-    # Kedro reads its settings, and sets up logging, when it is imported.
-    for name in list(sys.modules):
-        if name.partition(".")[0] in ("kedro", "kedro_datasets"):
-            del sys.modules[name]
-    gc.freeze()  # what is never collected needs no copy in each fork
-
-
 if __name__ == "__main__":
     if sys.argv[1] == "serve":
         del sys.path[0]  # this file's folder
-        _import_libraries()
+        for name in LIBRARIES:
+            with suppress(ImportError):
+                import_module(name)
+        gc.freeze()  # what is never collected needs no copy in each fork
         name = _serve(socket.socket(fileno=int(sys.argv[2])))
         runpy.run_module(name, run_name="__main__", alter_sys=True)
     else:

@@ -23,10 +23,10 @@ def test_the_commands_of_the_guide_show_runs_and_find_nothing_wrong(
     metrics = {"accuracy": 0.95, "scores.f1": 0.5}
     for state in ("42", "43"):
         log(project, metrics=metrics, params={"random_state": state})
-    forks.write_commands(tmp_path / "bin", "kedro")
+    path = forks.write_commands(tmp_path / "bin", "kedro")
 
     ended = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", f'PATH="{tmp_path}/bin:$PATH"\n' + "\n".join(BLOCKS)],
+        ["bash", "-euo", "pipefail", "-c", f'PATH="{path}"\n' + "\n".join(BLOCKS)],
         cwd=project.path,
         env={**os.environ, "COLUMNS": "200"},
         capture_output=True,

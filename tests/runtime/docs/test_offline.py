@@ -48,11 +48,11 @@ def test_the_commands_of_the_guide_replay_a_run(project: Project, tmp_path: Path
     experiment = client.get_experiment_by_name(project.package)
     assert experiment
     (run,) = client.search_runs([experiment.experiment_id])
-    forks.write_commands(tmp_path / "bin", "kedro")
+    path = forks.write_commands(tmp_path / "bin", "kedro")
 
     with mlflow_server(tmp_path, port=port):
         ended = subprocess.run(
-            ["bash", "-euc", f'PATH="{tmp_path}/bin:$PATH"\n{COMMANDS}'],
+            ["bash", "-euc", f'PATH="{path}"\n{COMMANDS}'],
             cwd=project.path,
             check=True,
             capture_output=True,

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 import yaml
@@ -81,10 +80,7 @@ def shared(new_project: Callable[..., Project], server: CountingProxy) -> Projec
 
 def shell(project: Project, commands: str, **env: str) -> subprocess.Popen[bytes]:
     """Start a shell in the project's folder, with this environment's commands."""
-    commands_in_forks = project.path.with_name(f"{project.package} bin")
-    forks.write_commands(commands_in_forks, "kedro", "mlflow")
-    here = str(Path(sys.executable).parent)
-    path = os.pathsep.join([str(commands_in_forks), here, os.environ["PATH"]])
+    path = forks.write_commands(project.path.with_name("bin"), "kedro")
     return subprocess.Popen(
         ["bash", "-euc", commands],
         cwd=project.path,

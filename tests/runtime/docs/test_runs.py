@@ -73,11 +73,9 @@ def test_the_script_of_the_guide_makes_one_run(project: Project) -> None:
 
 def test_the_commands_of_the_guide_make_one_run(project: Project, tmp_path: Path) -> None:
     write(project)
-    forks.write_commands(tmp_path / "bin", "kedro", "mlflow")
+    path = forks.write_commands(tmp_path / "bin", "kedro")
 
-    subprocess.run(
-        ["bash", "-euc", f'PATH="{tmp_path}/bin:$PATH"\n{COMMANDS}'], cwd=project.path, check=True
-    )
+    subprocess.run(["bash", "-euc", f'PATH="{path}"\n{COMMANDS}'], cwd=project.path, check=True)
 
     check(project, None, "RUNNING")
 

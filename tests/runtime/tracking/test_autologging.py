@@ -124,8 +124,8 @@ LIBRARIES: dict[str, tuple[dict[str, str], str, int]] = {
 THOROUGH = pytest.mark.thorough
 
 
-# Each in a new process, which has imported none of them: OpenMP, which the libraries use, doesn't survive a fork in a process
-# that has used it before.
+# Each in a new process, which has imported none of them: OpenMP, which they use, doesn't survive a
+# fork in a process that has used it before.
 @pytest.mark.parametrize(
     ("words", "start_method", "pipeline"),
     [
