@@ -161,7 +161,7 @@ def stand_ins(project: Project, uri: str) -> dict[str, str]:
 @contextmanager
 def process(project: Project, *words: str, **env: str) -> Iterator[Fork]:
     """Start `kedro …`, and end it at the end of the block."""
-    started = project.start(*words, **env)
+    started = project.start(*words, new_session=False, **env)
     try:
         yield started
     finally:
