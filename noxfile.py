@@ -41,6 +41,7 @@ def lint(session: nox.Session) -> None:
     session.run("ruff", "check")
     session.run("ruff", "format", "--check")
     session.run("mypy")
+    cache = session.cache_dir / "mypy"  # most of what it reads is the same in both
     for answers in (["example=true"], ["example=false", "scale_out=dask"]):
         with tempfile.TemporaryDirectory() as folder:
             project = Path(folder, "my_project")
@@ -48,7 +49,7 @@ def lint(session: nox.Session) -> None:
             with session.chdir(project):
                 session.run("ruff", "check", ".")
                 session.run("ruff", "format", "--check", ".")
-                session.run("mypy")
+                session.run("mypy", f"--cache-dir={cache}")
 
 
 @nox.session
@@ -74,7 +75,7 @@ def tests(session: nox.Session) -> None:
 @nox.session
 def template(session: nox.Session) -> None:
     """Test the template with every answer; `-- --all` tests what takes long too."""
-    pytest(session, "tests/template", group="tests")
+    pytest(session, "tests/template", "--dist=loadgroup", group="tests")
 
 
 @nox.session

@@ -42,8 +42,11 @@ def console_commands(markdown: str) -> list[str]:
 def environment() -> dict[str, str]:
     """The environment of a user, who is in no virtual environment."""
     out = {"VIRTUAL_ENV", "UV_PROJECT_ENVIRONMENT", "PYTHONPATH", "NOX_CURRENT_SESSION"}
-    return {name: value for name, value in os.environ.items() if name not in out} | {
-        "COLUMNS": "200"
+    return {
+        **{name: value for name, value in os.environ.items() if name not in out},
+        "COLUMNS": "200",
+        # As uv does, pip leaves it to Python to compile what is imported: false is "don't" here.
+        "PIP_NO_COMPILE": "false",
     }
 
 

@@ -100,30 +100,32 @@ def test_the_guide_leads_from_training_to_predictions_anywhere(
         for name in ("penguins-service", "penguins-now")
     }
     folders = {name: Path(uri.removeprefix("file://")) for name, uri in models.items()}
-    for name, folder in folders.items():
-        predicts_alone(folder, tmp_path / f"elsewhere-{name}", project, shell)
+    predict_alone(folders, tmp_path / "elsewhere", project, shell)
 
 
-def predicts_alone(model: Path, elsewhere: Path, project: Path, shell: Shell) -> None:
-    """Check that a model needs nothing but itself and its requirements."""
-    # Loading it has left bytecode there, which isn't of the model.
-    shutil.copytree(model, elsewhere / "model", ignore=shutil.ignore_patterns("__pycache__"))
-    files = [file for file in (elsewhere / "model").rglob("*") if file.is_file()]
-    assert [file for file in files if str(project) in file.read_text("latin-1")] == []
-    requirements = (elsewhere / "model/requirements.txt").read_text()
+def predict_alone(models: dict[str, Path], elsewhere: Path, project: Path, shell: Shell) -> None:
+    """Check that models need nothing but themselves and their requirements, which are the same."""
+    for name, model in models.items():
+        # Loading it has left bytecode there, which isn't of the model.
+        shutil.copytree(model, elsewhere / name, ignore=shutil.ignore_patterns("__pycache__"))
+        files = [file for file in (elsewhere / name).rglob("*") if file.is_file()]
+        assert [file for file in files if str(project) in file.read_text("latin-1")] == []
+        (elsewhere / f"{name}.py").write_text(
+            PREDICT.replace("models:/penguins-service/latest", name)
+            + f"\nimport penguins\nassert {name!r} in penguins.__path__[0]\n"
+            "assert list(predictions['predicted']) == ['Adelie']\n"
+        )
+    (requirements,) = {(elsewhere / name / "requirements.txt").read_text() for name in models}
     assert re.findall(r"^[\w-]+", requirements, re.M) == [
         *("cloudpickle", "kedro", "kedro-datasets", "mlflow", "scikit-learn")
     ]
-    (elsewhere / "predict.py").write_text(
-        PREDICT.replace("models:/penguins-service/latest", "model")
-        + "\nimport penguins\nassert 'model' in penguins.__path__[0]\n"
-        "assert list(predictions['predicted']) == ['Adelie']\n"
-    )
+    (elsewhere / "requirements.txt").write_text(requirements)
     shell("uv venv --quiet", elsewhere)
-    shell("uv pip install --quiet --python .venv --requirement model/requirements.txt", elsewhere)
+    shell("uv pip install --quiet --python .venv --requirement requirements.txt", elsewhere)
     away = project.rename(project.with_name("away"))
     try:
-        shell(".venv/bin/python predict.py", elsewhere)
+        for name in models:
+            shell(f".venv/bin/python {name}.py", elsewhere)
     finally:
         away.rename(project)
 

@@ -245,9 +245,9 @@ def test_nothing_but_a_tracked_run_imports_mlflow_or_needs_the_store(
     path = os.pathsep.join([str(guard.parents[1]), str(project.path / "src")])
 
     for command in ("registry list", "catalog describe-datasets", "mlflow --help", "--help"):
-        ended = project.kedro(*command.split(), PYTHONPATH=path)
+        ended = project.kedro_anew(*command.split(), PYTHONPATH=path)
         assert ended.returncode == 0, command + ended.stdout + ended.stderr
-    assert "MLflow was imported" in project.kedro("run", PYTHONPATH=path).stderr
+    assert "MLflow was imported" in project.kedro_anew("run", PYTHONPATH=path).stderr
     assert not (project.path / "mlflow.db").exists()
 
 

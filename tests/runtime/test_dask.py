@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -17,7 +16,7 @@ import pytest
 from mlflow.entities import Run
 
 from ..support.dask_clusters import Cluster, dask_cluster
-from ..support.projects import Project, has, heed_signals, needs_kedro
+from ..support.projects import Project, has, needs_kedro
 from ..support.servers import CountingProxy, counting_proxy
 from .test_runners import CATALOG, NODES, WORK, check_everything
 
@@ -339,14 +338,7 @@ def create_pipeline():
 """
     )
     dask_project.parameters({f"n{i}": i for i in range(12)})
-    process = subprocess.Popen(
-        [sys.executable, "-m", "kedro", *on(cluster, dask_project)],
-        cwd=dask_project.path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "COLUMNS": "200"},
-    )
+    process = dask_project.start(*on(cluster, dask_project), COLUMNS="200")
     assert process.stdout
     assert any("Waiting for the nodes that have begun" in line for line in process.stdout)
     work = dask_project.path / "src" / dask_project.package / "pipelines" / "work"
@@ -412,15 +404,7 @@ def create_pipeline():
     words = ["run", f"--runner={dask_project.package}.runner.DaskRunner"]
     if where == "cluster":
         words = on(request.getfixturevalue("cluster"), dask_project)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "kedro", *words],
-        cwd=dask_project.path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        preexec_fn=heed_signals,
-    )
+    process = dask_project.start(*words, new_session=True)
     work = dask_project.path / "src" / dask_project.package / "pipelines" / "work"
     wait_for(work / "begun.fifo")
 

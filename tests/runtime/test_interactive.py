@@ -14,25 +14,31 @@ import yaml
 from kedro.framework.session import KedroSession
 from kedro.framework.startup import bootstrap_project
 
+from ..support import forks
 from ..support.projects import ONE_NODE, Project, has
 from ..support.servers import CountingProxy
 
 
-def ipython(project: Project, code: str) -> str:
-    """Run code in `kedro ipython`."""
-    done = subprocess.run(
-        [sys.executable, "-m", "IPython", "--ext=kedro.ipython", "--colors=NoColor", "-c", code],
-        cwd=project.path,
-        env={**os.environ, "IPYTHONDIR": str(project.path / "ipython"), "COLUMNS": "200"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-        check=False,
+def ipython(project: Project, code: str, *, anew: bool = False) -> str:
+    """Run code in `kedro ipython`; in a new process, where nothing is imported yet, if wanted."""
+    words = ["--ext=kedro.ipython", "--colors=NoColor", "-c", code]
+    env = {**os.environ, "IPYTHONDIR": str(project.path / "ipython"), "COLUMNS": "200"}
+    process = (
+        subprocess.Popen(
+            [sys.executable, "-m", "IPython", *words],
+            cwd=project.path,
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        if anew
+        else forks.start("IPython", words, project.path, env)
     )
-    assert done.returncode == 0, done.stdout
-    assert "Error" not in done.stdout, done.stdout
-    return done.stdout
+    shown, _ = process.communicate()
+    assert process.returncode == 0, shown
+    assert "Error" not in shown, shown
+    return shown
 
 
 def test_mlflow_in_a_notebook_reads_the_projects_store(project: Project) -> None:
@@ -52,6 +58,7 @@ print("found:", found.info.run_id)
 session.run()
 print("runs:", len(mlflow.search_runs()))
 """,
+        anew=True,
     )
 
     assert f"name: {project.package}" in output

@@ -68,6 +68,14 @@ TAGS = {
 OF_ONE_RUN = {"run_id", "session_id", "pid", "process_start"}
 
 
+def words_of(command: str) -> list[str]:
+    """Let a shell split a command; gives the words after `kedro`."""
+    printed = subprocess.run(
+        f"printf '%s\\0' {command}", shell=True, capture_output=True, text=True, check=True
+    )
+    return printed.stdout.split("\0")[1:-1]
+
+
 @pytest.mark.parametrize(
     "words",
     [
@@ -106,14 +114,7 @@ def test_the_command_in_the_tags_repeats_the_run(two: Project, words: list[str])
     assert first.returncode == 0, first.stdout + first.stderr
     run = two.all_runs()[0]
 
-    again = subprocess.run(
-        run.data.tags["kedro_command"].replace("kedro", f"{sys.executable} -m kedro", 1),
-        shell=True,
-        cwd=two.path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    again = two.kedro(*words_of(run.data.tags["kedro_command"]))
 
     assert again.returncode == 0, run.data.tags["kedro_command"] + again.stdout + again.stderr
     repeated = two.all_runs()[0]

@@ -282,13 +282,13 @@ THOROUGH = pytest.mark.thorough
         ("SequentialRunner", "", False, "sqlite"),
         pytest.param("SequentialRunner", "", True, "sqlite", marks=THOROUGH),
         ("ThreadRunner", "", False, "server"),
-        ("ThreadRunner", "", True, "sqlite"),
+        pytest.param("ThreadRunner", "", True, "sqlite", marks=THOROUGH),
         pytest.param("ParallelRunner", "fork", False, "sqlite", marks=THOROUGH),
         ("ParallelRunner", "fork", True, "server"),
         ("ParallelRunner", "spawn", False, "sqlite"),
         pytest.param("ParallelRunner", "spawn", True, "sqlite", marks=THOROUGH),
         pytest.param("ParallelRunner", "forkserver", False, "sqlite", marks=THOROUGH),
-        ("ParallelRunner", "forkserver", True, "sqlite"),
+        pytest.param("ParallelRunner", "forkserver", True, "sqlite", marks=THOROUGH),
     ],
 )
 def test_twenty_nodes_log_all_they_have_to_one_run(

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
+import signal
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from subprocess import Popen
 
 from distributed import Client
+
+from . import forks
+from .forks import Fork
 
 
 @dataclass
@@ -20,7 +21,7 @@ class Cluster:
     """The address of a scheduler, its workers, and what all of them have printed."""
 
     address: str
-    workers: list[Popen[str]]
+    workers: list[Fork]
     log: list[str] = field(default_factory=list)
 
     def client(self) -> Client:
@@ -32,9 +33,9 @@ def dask_cluster(folder: Path, *sources: Path, workers: int = 2, **env: str) -> 
     """Start a cluster whose workers find modules in the folders `sources`."""
     with ExitStack() as stack:
         scheduler = _start(stack, folder, ["scheduler", "--host=127.0.0.1", "--port=0"], env)
-        assert scheduler.stderr
+        assert scheduler.stdout
         log = []
-        for line in scheduler.stderr:
+        for line in scheduler.stdout:
             log.append(line)
             if "Scheduler at:" in line:
                 break
@@ -49,24 +50,17 @@ def dask_cluster(folder: Path, *sources: Path, workers: int = 2, **env: str) -> 
         ]
         cluster = Cluster(address, started, log)
         for process in (scheduler, *started):
-            threading.Thread(target=log.extend, args=(process.stderr,), daemon=True).start()
+            threading.Thread(target=log.extend, args=(process.stdout,), daemon=True).start()
         with cluster.client() as client:
             client.wait_for_workers(workers)
         yield cluster
 
 
-def _start(stack: ExitStack, folder: Path, words: list[str], env: dict[str, str]) -> Popen[str]:
-    process = Popen(
-        [sys.executable, "-m", "dask", *words],
-        cwd=folder,
-        env={**os.environ, **env},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def _start(stack: ExitStack, folder: Path, words: list[str], env: dict[str, str]) -> Fork:
+    process = forks.start("dask", words, folder, os.environ | env)
 
     def end() -> None:
-        process.terminate()
+        process.send_signal(signal.SIGTERM)
         process.wait()
 
     stack.callback(end)

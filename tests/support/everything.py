@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +18,7 @@ from kedro.framework.startup import bootstrap_project
 from mlflow import MlflowClient
 
 from .faults import Fault, FaultyProxy, faulty_proxy
+from .forks import Fork
 from .projects import Project, copy_of
 from .stores import content
 
@@ -160,23 +159,14 @@ def stand_ins(project: Project, uri: str) -> dict[str, str]:
 
 
 @contextmanager
-def process(project: Project, *words: str, **env: str) -> Iterator[subprocess.Popen[str]]:
-    """Start `kedro …`, and see to it that it ends."""
-    started = subprocess.Popen(
-        [sys.executable, "-m", "kedro", *words],
-        cwd=project.path,
-        env={**os.environ, **env},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+def process(project: Project, *words: str, **env: str) -> Iterator[Fork]:
+    """Start `kedro …`, and end it at the end of the block."""
+    started = project.start(*words, new_session=False, **env)
     try:
         yield started
     finally:
         started.kill()
-        started.wait()
-        assert started.stdout
-        started.stdout.close()
+        started.communicate()
 
 
 def on_server(port: int, project: Project, uri: str) -> dict[str, Any]:

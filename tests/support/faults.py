@@ -6,7 +6,6 @@ import http.client
 import json
 import socket
 import struct
-import subprocess
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler
 from typing import Any, Literal, NamedTuple
 
+from .forks import Fork
 from .servers import free_port
 
 Kind = Literal["refuse", "reset", "hang", "500", "503", "401", "slow", "full"]
@@ -129,7 +129,7 @@ class FaultyProxy:
                 self._listener.listen(128)
                 self._open.set()
 
-    def wait_until_struck_or_ended(self, process: subprocess.Popen[Any]) -> bool:
+    def wait_until_struck_or_ended(self, process: Fork) -> bool:
         """Wait until the fault strikes or a process ends; tells whether the process goes on."""
 
         def wait() -> None:

@@ -21,6 +21,8 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from packaging.version import Version
 
+from . import forks
+
 # The package in a project that is generated once for each set of answers, to copy.
 PATTERN = "pattern_of_a_package"
 
@@ -94,8 +96,18 @@ class Project:
                 (how["pipeline_name"],) = how.pop("pipeline_names", [None])
             return session.run(**how)
 
+    def start(self, *words: str, new_session: bool = False, **env: str) -> forks.Fork:
+        """Start `kedro …` in a process of its own, which writes all it writes to `stdout`."""
+        words = tuple(for_kedro(word) for word in words)
+        return forks.start("kedro", words, self.path, os.environ | env, new_session=new_session)
+
     def kedro(self, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
         """Run `kedro …` in a process of its own."""
+        words = tuple(for_kedro(word) for word in words)
+        return forks.run("kedro", words, self.path, {**os.environ, "COLUMNS": "200", **env})
+
+    def kedro_anew(self, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
+        """Run `kedro …` in a new process: in one that hasn't imported anything before."""
         words = tuple(for_kedro(word) for word in words)
         return subprocess.run(
             [sys.executable, "-m", "kedro", *words],

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from ..conftest import EXTRAS, Generate
+from ..support import forks
 from ..support.versions import NOW, Versions, make_versions
 from .conftest import changed_by_hooks, complaints, files, git, ruff
 
@@ -60,16 +61,10 @@ def registered(extras: tuple[str, ...]) -> str:
     return f"HOOKS = ({calls},)" if len(names) == 1 else f"HOOKS = ({calls})"
 
 
-def in_project(project: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    """Run Python in a project's folder, as if the project were installed."""
-    return subprocess.run(
-        [sys.executable, *words],
-        cwd=project,
-        env=os.environ | {"PYTHONPATH": "src", "COLUMNS": "300"},
-        check=False,
-        capture_output=True,
-        encoding="utf-8",
-    )
+def in_project(project: Path, module: str, *words: str) -> subprocess.CompletedProcess[str]:
+    """Run a module in a project's folder, as if the project were installed."""
+    env = os.environ | {"PYTHONPATH": "src", "COLUMNS": "300"}
+    return forks.run(module, words, project, env)
 
 
 def test_a_project_has_the_extras_that_it_asked_for_and_their_hooks(
@@ -80,6 +75,7 @@ def test_a_project_has_the_extras_that_it_asked_for_and_their_hooks(
     assert SERVICE & files(project).keys() == (SERVICE if "serving" in extras else set())
 
 
+@pytest.mark.xdist_group("mypy")  # which has a cache in one process
 def test_linters_and_types_find_nothing_to_change(
     project: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -94,14 +90,14 @@ def test_linters_and_types_find_nothing_to_change(
 def test_a_command_of_an_extra_is_there_or_says_how_to_get_it(
     project: Path, extras: tuple[str, ...]
 ) -> None:
-    listed = in_project(project, "-m", "kedro", "mlflow", "--help").stdout
+    listed = in_project(project, "kedro", "mlflow", "--help").stdout
 
     for extra, command in [(e, c) for e, commands in COMMANDS.items() for c in commands]:
         assert bool(re.search(rf"^  {command} ", listed, re.MULTILINE)) == (extra in extras)
     missing = next((extra for extra in COMMANDS if extra not in extras), None)
     if missing:
         command = COMMANDS[missing][-1]
-        ended = in_project(project, "-m", "kedro", "mlflow", command, "--anything")
+        ended = in_project(project, "kedro", "mlflow", command, "--anything")
         assert ended.returncode == 1
         assert ended.stderr.splitlines()[-1] == (
             f"Error: `kedro mlflow {command}` comes with the extra `{missing}`: "
@@ -123,7 +119,14 @@ def bare(generate: Generate, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", ["pipeline_ml_factory", "KedroPipelineModel", "ServingHook"])
 def test_importing_a_name_of_an_extra_says_how_to_get_it(bare: Path, name: str) -> None:
-    ended = in_project(bare, "-c", f"from penguin_study.runtime import {name}")
+    ended = subprocess.run(
+        [sys.executable, "-c", f"from penguin_study.runtime import {name}"],
+        cwd=bare,
+        env=os.environ | {"PYTHONPATH": "src"},
+        check=False,
+        capture_output=True,
+        encoding="utf-8",
+    )
 
     assert ended.stderr.splitlines()[-1].partition(": ")[2] == (
         f"`{name}` comes with the extra `serving`: `{how_to_add('serving', ())}`"
@@ -131,7 +134,7 @@ def test_importing_a_name_of_an_extra_says_how_to_get_it(bare: Path, name: str) 
 
 
 def test_the_offline_pages_say_how_to_get_them(bare: Path) -> None:
-    ended = in_project(bare, "-m", "kedro", "mlflow", "ui", "--offline")
+    ended = in_project(bare, "kedro", "mlflow", "ui", "--offline")
 
     assert ended.returncode == 1
     assert ended.stderr.splitlines()[-1].endswith(
@@ -144,7 +147,7 @@ def test_a_run_that_would_be_kept_on_disk_says_how_to_get_that_before_it_starts(
 ) -> None:
     (bare / "conf/local/mlflow.yml").write_text("tracking: {on_unreachable: offline}\n")
     try:
-        ended = in_project(bare, "-m", "kedro", "run")
+        ended = in_project(bare, "kedro", "run")
     finally:
         (bare / "conf/local/mlflow.yml").unlink()
 
@@ -162,7 +165,7 @@ def test_a_project_without_extras_runs_and_one_with_all_makes_its_model(
     for number, (extras, pipeline) in enumerate([((), "__default__"), (EXTRAS, "service")]):
         project = generate(tmp_path / str(number), project_name="Penguin Study", extras=extras)
 
-        ended = in_project(project, "-m", "kedro", "run", f"--pipelines={pipeline}")
+        ended = in_project(project, "kedro", "run", f"--pipelines={pipeline}")
 
         assert ended.returncode == 0, ended.stdout + ended.stderr
         assert ("is logged as the model" in " ".join(ended.stdout.split())) == bool(extras)
@@ -252,5 +255,5 @@ def test_a_project_of_an_earlier_version_keeps_all_extras_and_no_file_of_its_run
     assert hooks(project) == registered(EXTRAS)
     for name, (_, mine) in edits.items():
         assert mine in (project / PACKAGE / name).read_text("utf-8")
-    ended = in_project(project, "-m", "pytest", "-q", "-p", "no:cacheprovider")
+    ended = in_project(project, "pytest", "-q", "-p", "no:cacheprovider")
     assert ended.returncode == 0, ended.stdout + ended.stderr

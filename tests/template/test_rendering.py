@@ -242,6 +242,7 @@ def test_ruff_changes_nothing(project: Project) -> None:
 
 
 @pytest.mark.thorough
+@pytest.mark.xdist_group("mypy")
 def test_mypy_finds_nothing(project: Project, tmp_path_factory: pytest.TempPathFactory) -> None:
     cache = tmp_path_factory.getbasetemp() / "mypy_cache"  # most of what it reads is the same
 

@@ -8,7 +8,6 @@ import random
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from importlib.metadata import version as distribution_version
 from pathlib import Path
@@ -20,6 +19,7 @@ import yaml
 from pre_commit_hooks.check_merge_conflict import main as check_merge_conflict
 
 from ..conftest import EXTRAS, REPOSITORY
+from ..support import forks
 from ..support.versions import KEPT, LEFT, NOW, Versions, append, make_versions
 from .conftest import files, git
 
@@ -377,12 +377,6 @@ def test_an_updated_project_passes_its_own_tests(
     assert {
         name for name in new if found.get(name) != new[name] and not OWNED.fullmatch(name)
     } == set()
-    tested = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"],
-        cwd=project,
-        env=os.environ | {"PYTHONPATH": "src"},
-        check=False,
-        capture_output=True,
-        encoding="utf-8",
-    )
+    words = ["-q", "-p", "no:cacheprovider"]
+    tested = forks.run("pytest", words, project, os.environ | {"PYTHONPATH": "src"})
     assert tested.returncode == 0, tested.stdout + tested.stderr

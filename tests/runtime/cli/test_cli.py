@@ -10,7 +10,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +28,7 @@ from runtime.config.loading import read_credentials
 from runtime.offline.disk import disk_of
 from runtime.stores.server import Server
 
+from ...support.forks import Fork
 from ...support.projects import ONE_NODE, Project, has
 from ...support.servers import free_port
 
@@ -181,7 +181,7 @@ class Pages:
     """A `kedro mlflow ui` that serves, and the processes it has started, with their arguments."""
 
     address: str
-    process: subprocess.Popen[str]
+    process: Fork
     children: dict[int, str]
 
     def end(self, how: signal.Signals) -> int:
@@ -219,28 +219,20 @@ def descendants(pid: int) -> dict[int, str]:
 @contextmanager
 def pages(project: Project, *options: str, **env: str) -> Iterator[Pages]:
     """Run `kedro mlflow ui` and wait until it serves."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "kedro", "mlflow", "ui", *options],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=project.path,
-        env={**os.environ, "PYTHONUNBUFFERED": "1", **env},
-        start_new_session=True,
-    )
+    process = project.start("mlflow", "ui", *options, new_session=True, PYTHONUNBUFFERED="1", **env)
     assert process.stdout
-    with process:
-        try:
-            log = ""
-            for line in process.stdout:
-                log += line
-                if "Uvicorn running on" in line:
-                    break
-            (address,) = re.findall(r"MLflow's pages: (\S+) ", log) or [log]
-            assert f"Uvicorn running on {address}" in log, log
-            yield Pages(address, process, descendants(process.pid))
-        finally:
-            process.terminate()
+    try:
+        log = ""
+        for line in process.stdout:
+            log += line
+            if "Uvicorn running on" in line:
+                break
+        (address,) = re.findall(r"MLflow's pages: (\S+) ", log) or [log]
+        assert f"Uvicorn running on {address}" in log, log
+        yield Pages(address, process, descendants(process.pid))
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.communicate()
 
 
 def fetch(address: str) -> str:

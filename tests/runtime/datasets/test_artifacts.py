@@ -658,7 +658,8 @@ def saved(project: Project) -> list[str]:
     return sorted(f.relative_to(data).parts[0] for f in files)
 
 
-RUNNERS = [None, ThreadRunner, "ParallelRunner"]
+# The last two are start methods of the ParallelRunner.
+RUNNERS = [None, ThreadRunner, "fork", pytest.param("spawn", marks=pytest.mark.thorough)]
 
 
 @pytest.fixture
@@ -670,9 +671,9 @@ def served(new_project: Callable[..., Project], server: CountingProxy) -> Projec
 
 
 def run_with(project: Project, runner: Any) -> Run:
-    """Run a project whose only run this is; in processes of its own with `ParallelRunner`."""
-    if runner == "ParallelRunner":
-        ended = project.kedro("run", f"--runner={runner}", KEDRO_MP_CONTEXT="spawn")
+    """Run a project whose only run this is."""
+    if isinstance(runner, str):
+        ended = project.kedro("run", "--runner=ParallelRunner", KEDRO_MP_CONTEXT=runner)
         assert ended.returncode == 0, ended.stdout + ended.stderr
     else:
         project.run(runner=runner and runner())
@@ -780,7 +781,7 @@ def test_what_a_node_yields_in_chunks_is_logged_once_and_complete(
     names = ("/table.csv", "/alone.csv", "/parts/")
     made = {name: sum(name in upload for upload in uploads) for name in names}
     # A worker can't know which chunk of what is in the run alone is the last, and logs each.
-    alone = 20 if runner == "ParallelRunner" else 1
+    alone = 20 if isinstance(runner, str) else 1
     assert made == {"/table.csv": 1, "/alone.csv": alone, "/parts/": 20}
     logged = artifacts(served.client, run.info.run_id)
     assert logged["table.csv"] == logged["alone.csv"] == "".join(f"{i}\n" for i in range(20))

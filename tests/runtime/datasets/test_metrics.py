@@ -462,7 +462,8 @@ checked: {type: text.TextDataset, filepath: data/08_reporting/checked.txt}
     [
         ("SequentialRunner", "server"),
         ("ThreadRunner", "sqlite"),
-        ("ParallelRunner", "server"),
+        ("fork", "server"),
+        pytest.param("spawn", "server", marks=pytest.mark.thorough),
     ],
 )
 def test_metrics_of_a_run_are_read_back_in_it_whatever_the_runner(
@@ -477,8 +478,8 @@ def test_metrics_of_a_run_are_read_back_in_it_whatever_the_runner(
     project.pipeline(PIPELINE)
     project.catalog(CATALOG)
 
-    if runner == "ParallelRunner":
-        ended = project.kedro("run", "--runner=ParallelRunner", KEDRO_MP_CONTEXT="spawn")
+    if runner in ("fork", "spawn"):  # how the ParallelRunner starts its workers
+        ended = project.kedro("run", "--runner=ParallelRunner", KEDRO_MP_CONTEXT=runner)
         assert ended.returncode == 0, ended.stdout + ended.stderr
     else:
         project.run(runner=ThreadRunner() if runner == "ThreadRunner" else SequentialRunner())

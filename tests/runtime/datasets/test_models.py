@@ -375,15 +375,18 @@ def test_models_are_loaded_in_the_run_that_made_them(project: Project, runner: A
     assert mlflow.get_active_model_id() is None
 
 
+@pytest.mark.parametrize(
+    "start_method", ["fork", pytest.param("spawn", marks=pytest.mark.thorough)]
+)
 def test_worker_processes_find_the_models_of_their_run_on_a_server(
-    new_project: Callable[..., Project], request: pytest.FixtureRequest
+    new_project: Callable[..., Project], request: pytest.FixtureRequest, start_method: str
 ) -> None:
     project = tracked_on("server", new_project, request)
     project.pipeline(LINES)
     project.catalog(LINES_CATALOG)
     project.parameters(SLOPES)
 
-    ended = project.kedro("run", "--runner=ParallelRunner", KEDRO_MP_CONTEXT="spawn")
+    ended = project.kedro("run", "--runner=ParallelRunner", KEDRO_MP_CONTEXT=start_method)
 
     assert ended.returncode == 0, ended.stdout + ended.stderr
     mlflow.set_tracking_uri(project.tracking_uri)

@@ -116,8 +116,11 @@ def test_each_kind_of_output_is_logged_in_a_format_of_its_own(
     assert working.only_run().data.metrics == {"out_metric": 1.5}
 
 
+@pytest.mark.parametrize(
+    "start_method", ["fork", pytest.param("spawn", marks=pytest.mark.thorough)]
+)
 def test_workers_log_their_outputs_and_a_disabled_pipeline_none(
-    project: Project, tmp_path: Path
+    project: Project, tmp_path: Path, start_method: str
 ) -> None:
     project.pipeline(
         """
@@ -139,7 +142,7 @@ def test_workers_log_their_outputs_and_a_disabled_pipeline_none(
         env="test",
     )
 
-    ended = project.kedro("run", "--runner=ParallelRunner", KEDRO_MP_CONTEXT="spawn")
+    ended = project.kedro("run", "--runner=ParallelRunner", KEDRO_MP_CONTEXT=start_method)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     project.run(env="test")
 

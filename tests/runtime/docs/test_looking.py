@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 from ...conftest import REPOSITORY
+from ...support import forks
 from ...support.projects import Project
 from ..extras.console.test_doctor import CHECKS
 from ..extras.console.test_runs import log
@@ -17,14 +17,16 @@ GUIDE = (REPOSITORY / "docs" / "looking.md").read_text("utf-8")
 BLOCKS = re.findall(r"^```console\n(.*?)^```$", GUIDE, re.DOTALL | re.MULTILINE)
 
 
-def test_the_commands_of_the_guide_show_runs_and_find_nothing_wrong(project: Project) -> None:
+def test_the_commands_of_the_guide_show_runs_and_find_nothing_wrong(
+    project: Project, tmp_path: Path
+) -> None:
     metrics = {"accuracy": 0.95, "scores.f1": 0.5}
     for state in ("42", "43"):
         log(project, metrics=metrics, params={"random_state": state})
-    here = Path(sys.executable).parent
+    path = forks.write_commands(tmp_path / "bin", "kedro")
 
     ended = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", f'PATH="{here}:$PATH"\n' + "\n".join(BLOCKS)],
+        ["bash", "-euo", "pipefail", "-c", f'PATH="{path}"\n' + "\n".join(BLOCKS)],
         cwd=project.path,
         env={**os.environ, "COLUMNS": "200"},
         capture_output=True,

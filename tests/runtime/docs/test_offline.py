@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 from mlflow import MlflowClient
 
 from ...conftest import REPOSITORY
+from ...support import forks
 from ...support.projects import ONE_NODE, Project
 from ...support.servers import free_port, mlflow_server
 
@@ -48,11 +48,11 @@ def test_the_commands_of_the_guide_replay_a_run(project: Project, tmp_path: Path
     experiment = client.get_experiment_by_name(project.package)
     assert experiment
     (run,) = client.search_runs([experiment.experiment_id])
-    here = Path(sys.executable).parent
+    path = forks.write_commands(tmp_path / "bin", "kedro")
 
     with mlflow_server(tmp_path, port=port):
         ended = subprocess.run(
-            ["bash", "-euc", f'PATH="{here}:$PATH"\n{COMMANDS}'],
+            ["bash", "-euc", f'PATH="{path}"\n{COMMANDS}'],
             cwd=project.path,
             check=True,
             capture_output=True,

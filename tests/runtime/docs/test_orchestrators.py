@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 import yaml
@@ -18,6 +17,7 @@ from mlflow import MlflowClient
 from mlflow.utils.databricks_utils import get_databricks_host_creds
 
 from ...conftest import REPOSITORY
+from ...support import forks
 from ...support.projects import Project, needs_kedro
 from ...support.servers import CountingProxy, counting_proxy, free_port
 
@@ -80,7 +80,7 @@ def shared(new_project: Callable[..., Project], server: CountingProxy) -> Projec
 
 def shell(project: Project, commands: str, **env: str) -> subprocess.Popen[bytes]:
     """Start a shell in the project's folder, with this environment's commands."""
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    path = forks.write_commands(project.path.with_name("bin"), "kedro")
     return subprocess.Popen(
         ["bash", "-euc", commands],
         cwd=project.path,

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from ...conftest import REPOSITORY
+from ...support import forks
 from ...support.projects import Project
 
 GUIDE = (REPOSITORY / "docs" / "runs.md").read_text("utf-8")
@@ -70,13 +71,11 @@ def test_the_script_of_the_guide_makes_one_run(project: Project) -> None:
     check(project, "nightly", "FINISHED")
 
 
-def test_the_commands_of_the_guide_make_one_run(project: Project) -> None:
+def test_the_commands_of_the_guide_make_one_run(project: Project, tmp_path: Path) -> None:
     write(project)
-    here = Path(sys.executable).parent
+    path = forks.write_commands(tmp_path / "bin", "kedro")
 
-    subprocess.run(
-        ["bash", "-euc", f'PATH="{here}:$PATH"\n{COMMANDS}'], cwd=project.path, check=True
-    )
+    subprocess.run(["bash", "-euc", f'PATH="{path}"\n{COMMANDS}'], cwd=project.path, check=True)
 
     check(project, None, "RUNNING")
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 
 import click
@@ -114,19 +112,9 @@ def test_every_kedro_run_of_a_process_attaches_to_the_run_of_the_environment(
 
 def test_tasks_at_the_same_time_share_one_run(tasks: Project) -> None:
     run_id = owned_run(tasks).info.run_id
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-m", "kedro", "run", f"--nodes=n{i}"],
-            cwd=tasks.path,
-            env={**os.environ, "MLFLOW_RUN_ID": run_id},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for i in range(4)
-    ]
+    started = [tasks.start("run", f"--nodes=n{i}", MLFLOW_RUN_ID=run_id) for i in range(4)]
     for process in started:
-        output, _ = process.communicate(timeout=300)
+        output, _ = process.communicate()
         assert process.returncode == 0, output
 
     check_owned(tasks, run_id, 0, 1, 2, 3)

@@ -124,8 +124,8 @@ LIBRARIES: dict[str, tuple[dict[str, str], str, int]] = {
 THOROUGH = pytest.mark.thorough
 
 
-# Each in a process of its own: OpenMP, which the libraries use, doesn't survive a fork in a process
-# that has used it before.
+# Each in a new process, which has imported none of them: OpenMP, which they use, doesn't survive a
+# fork in a process that has used it before.
 @pytest.mark.parametrize(
     ("words", "start_method", "pipeline"),
     [
@@ -144,7 +144,7 @@ def test_four_libraries_log_to_one_run_under_every_runner(
     project.pipeline(pipeline)
     project.mlflow_yml(AUTOLOG)
 
-    ended = project.kedro("run", *words.split(), KEDRO_MP_CONTEXT=start_method)
+    ended = project.kedro_anew("run", *words.split(), KEDRO_MP_CONTEXT=start_method)
 
     assert ended.returncode == 0, ended.stderr
     check_what_was_logged(project)
@@ -398,7 +398,7 @@ def test_a_library_comes_without_its_flavor_where_nothing_is_on(project: Project
     )
     project.catalog("brought: {type: json.JSONDataset, filepath: brought.json}")
 
-    ended = project.kedro("run")
+    ended = project.kedro_anew("run")
 
     assert ended.returncode == 0, ended.stderr
     assert (project.path / "brought.json").read_text() == "false"

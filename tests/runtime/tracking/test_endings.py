@@ -6,8 +6,6 @@ import json
 import os
 import select
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +16,8 @@ from mlflow.entities import Run
 from runtime.tracking.ending import MARKERS
 from runtime.tracking.process import Process, mark, this_process
 
-from ...support.projects import Project, heed_signals
+from ...support.forks import Fork
+from ...support.projects import Project
 
 THOROUGH = pytest.mark.thorough
 
@@ -87,21 +86,14 @@ IN_A_SAVE = 'Node(lay, None, "egg"), Node(give, "egg", "slow")'
 @contextmanager
 def running(
     project: Project, nodes: str, runner: str = "SequentialRunner", start_method: str = "fork"
-) -> Iterator[subprocess.Popen[str]]:
+) -> Iterator[Fork]:
     """Run a pipeline that waits in a node or in a save; gives its process when it does."""
     fifo = project.path / "waiting"
     os.mkfifo(fifo)
     project.pipeline(WAITING.replace("FIFO", repr(str(fifo))).replace("NODES", nodes))
     project.catalog("slow: {type: PACKAGE.pipelines.work.Slow}")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "kedro", "run", f"--runner={runner}"],
-        cwd=project.path,
-        env={**os.environ, "KEDRO_MP_CONTEXT": start_method},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        preexec_fn=heed_signals,
+    process = project.start(
+        "run", f"--runner={runner}", new_session=True, KEDRO_MP_CONTEXT=start_method
     )
     try:
         with fifo.open():  # opened once the pipeline waits

@@ -151,7 +151,7 @@ def test_a_command_that_runs_nothing_makes_no_request_and_does_not_import_mlflow
 ) -> None:
     served.pipeline(FIFTY_METRICS)
 
-    ended = served.kedro(
+    ended = served.kedro_anew(
         *command,
         PYTHONPROFILEIMPORTTIME="1",
         IPYTHONDIR=str(tmp_path / "ipython"),
@@ -171,7 +171,7 @@ def test_a_tracked_run_shows_in_the_requests_and_imports_that_are_counted(
 ) -> None:
     served.pipeline(TEN_NODES)
 
-    ended = served.kedro("run", PYTHONPROFILEIMPORTTIME="1")
+    ended = served.kedro_anew("run", PYTHONPROFILEIMPORTTIME="1")
 
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert server.requests

@@ -9,8 +9,6 @@ import pty
 import re
 import shutil
 import sqlite3
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from itertools import count
@@ -21,6 +19,7 @@ import pytest
 import yaml
 from mlflow.entities import Metric, Param, RunTag
 
+from ....support import forks
 from ....support.commands import Command, mlflow_command
 from ....support.projects import ONE_NODE, Project, has
 from ....support.servers import CountingProxy, counting_proxy, free_port, mlflow_server
@@ -247,16 +246,12 @@ def test_a_table_has_colours_on_a_terminal_only(project: Project) -> None:
     log(project, status="FAILED")
     project.write("conf/logging.yml", QUIET_LOGGING)
     terminal, end = pty.openpty()
-    command = [sys.executable, "-m", "kedro", "mlflow", "runs"]
     environment = {**os.environ, "COLUMNS": "200", "TERM": "xterm-256color"}
     environment.pop("NO_COLOR", None)
+    command = ("kedro", ["mlflow", "runs"], project.path, environment)
 
-    piped = subprocess.run(
-        command, cwd=project.path, env=environment, capture_output=True, text=True, check=True
-    )
-    subprocess.run(
-        command, cwd=project.path, env=environment, stdout=end, stderr=subprocess.PIPE, check=True
-    )
+    piped = forks.run(*command)
+    assert forks.start(*command, stdout=end).wait() == piped.returncode == 0
     os.close(end)
     shown = os.read(terminal, 100_000).decode()
     os.close(terminal)

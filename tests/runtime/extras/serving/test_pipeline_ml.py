@@ -420,7 +420,7 @@ def test_commands_that_run_nothing_do_not_import_mlflow_for_it(
 ) -> None:
     project = trained()
 
-    described = project.kedro("registry", "describe", "training", PYTHONPROFILEIMPORTTIME="1")
+    described = project.kedro_anew("registry", "describe", "training", PYTHONPROFILEIMPORTTIME="1")
 
     assert "fit" in described.stdout
     modules = {line.rpartition("|")[2].strip() for line in described.stderr.splitlines()}
