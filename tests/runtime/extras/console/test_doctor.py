@@ -97,7 +97,7 @@ def test_where_nothing_is_wrong_a_doctor_says_so_and_leaves_a_deleted_run(
     project.pipeline(ONE_NODE)
     project.parameters({"x": 1})
     project.run()
-    before = {path for path in project.path.rglob("*") if path.suffix != ".pyc"}
+    before = {path for path in project.path.rglob("*") if "__pycache__" not in path.parts}
     run = project.only_run()
 
     table = mlflow_command(project, "doctor")
@@ -107,7 +107,7 @@ def test_where_nothing_is_wrong_a_doctor_says_so_and_leaves_a_deleted_run(
     marks = {line[3:20].strip(): line[0] for line in table.lines if line[0] != " "}
     assert marks == {name: "✓" if ok else "-" for name, ok in EMBEDDED.items()}
     assert oks(written) == EMBEDDED
-    assert {path for path in project.path.rglob("*") if path.suffix != ".pyc"} == before
+    assert {path for path in project.path.rglob("*") if "__pycache__" not in path.parts} == before
     deleted = project.client.search_runs([run.info.experiment_id], "", ViewType.DELETED_ONLY)
     assert [made.info.run_name for made in deleted] == ["kedro mlflow doctor"] * 2
     assert project.only_run().info.run_id == run.info.run_id
