@@ -156,8 +156,8 @@ class TrackingOptions(_Options):
 
     on_unreachable: Literal["fail", "offline"] = Field(
         default="fail",
-        description="When the server is away: fail before the first node, or offline (keep each "
-        "run in .mlflow-offline, and replay it to the server at its end or later).",
+        description="When the server is away: fail before the first node; or, with the extra of "
+        "that name, offline (keep each run in .mlflow-offline, and replay it later).",
     )
 
     experiment: ExperimentOptions = ExperimentOptions()
