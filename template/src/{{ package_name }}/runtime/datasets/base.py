@@ -159,7 +159,10 @@ class TrackedDataset(AbstractDataset[Any, Any]):
         return self._is_in(run)
 
     def _is_in(self, run: RunHandle) -> bool:
-        """Check whether a run has what the dataset would load."""
+        """Check whether a run has what the dataset would load.
+
+        For each dataset that leaves `_exists` as it is; models and past runs have one of their own.
+        """
         raise NotImplementedError
 
     def _describe(self) -> dict[str, Any]:
