@@ -146,6 +146,19 @@ Refusal = Callable[[str, Mapping[str, str]], "tuple[int, str] | None"]
 
 
 @contextmanager
+def _serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """Serve HTTP in a thread; gives the address."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@contextmanager
 def counting_proxy(port: int, refuse: Refusal | None = None) -> Iterator[CountingProxy]:
     """Pass HTTP requests on to a port of this machine and keep what was asked.
 
@@ -186,14 +199,8 @@ def counting_proxy(port: int, refuse: Refusal | None = None) -> Iterator[Countin
         def log_message(self, *args: Any) -> None:
             """Stay quiet."""
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield CountingProxy(f"http://127.0.0.1:{server.server_address[1]}", requests, headers)
-    finally:
-        server.shutdown()
-        server.server_close()
+    with _serving(Handler) as address:
+        yield CountingProxy(address, requests, headers)
 
 
 @contextmanager
@@ -223,11 +230,5 @@ def answering(
         def log_message(self, *args: Any) -> None:
             """Stay quiet."""
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield CountingProxy(f"http://127.0.0.1:{server.server_address[1]}", requests, received)
-    finally:
-        server.shutdown()
-        server.server_close()
+    with _serving(Handler) as address:
+        yield CountingProxy(address, requests, received)
