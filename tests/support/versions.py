@@ -80,10 +80,17 @@ def _tag_releases(clone: Path) -> list[str]:
 
 
 def _commit_that_named(clone: Path, version: str) -> str:
-    """Find the latest commit that wrote a version's heading: it may have been taken back once."""
+    """Return the latest commit that wrote a version's heading on top of the changelog.
+
+    A heading may have been taken back and written again, below that of a later version too.
+    """
     heading = f"## {version}\n"
     commits = git(clone, "log", "--format=%H", f"-S{heading}", "--", "CHANGELOG.md").split()
-    return next(c for c in commits if heading in git(clone, "show", f"{c}:CHANGELOG.md"))
+    for commit in commits:
+        _, _, newest = git(clone, "show", f"{commit}:CHANGELOG.md").partition("\n## ")
+        if f"## {newest}".startswith(heading):
+            return commit
+    raise AssertionError(f"No commit wrote {version} on top of CHANGELOG.md.")
 
 
 def replace(path: Path, old: str, new: str) -> None:
