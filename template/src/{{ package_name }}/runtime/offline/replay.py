@@ -25,6 +25,7 @@ from ..config.errors import SettingError
 from ..config.keys import CreateExperimentOptions, ExperimentOptions
 from ..config.uris import is_database
 from ..stores import credentials
+from ..stores.embedded import prepare
 from ..stores.errors import is_away, reason_of
 from ..stores.server import experiment_id
 from .disk import ARTIFACT_LOCATION, EXPERIMENT, Disk, DiskError, has_ended, pages
@@ -99,6 +100,8 @@ def replay(
     Raises:
         Exception: When the server is away, as `stores.errors.is_away` knows it.
     """
+    if families:
+        prepare(disk.server.tracking_uri, None)  # MLflow would wait minutes for a database
     for family in families:
         replay_of_family = _Replay(disk, disk.client(), disk.server.client, advance)
         try:
