@@ -169,6 +169,7 @@ def counting_proxy(port: int, refuse: Refusal | None = None) -> Iterator[Countin
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True  # else each answer waits 40 ms for an acknowledgement
 
         def forward(self) -> None:
             requests.append(f"{self.command} {self.path.partition('?')[0]}")
