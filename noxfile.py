@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 from functools import partial
@@ -19,6 +20,8 @@ nox.options.default_venv_backend = "uv"
 nox.options.reuse_venv = "yes"
 
 HERE = Path(__file__).parent
+# Tests wait for servers and processes a good part of their time: more of them than cores.
+WORKERS = f"--numprocesses={(os.cpu_count() or 1) + 2}"
 ENV = {
     "DO_NOT_TRACK": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -118,14 +121,14 @@ def runtime_with(session: nox.Session, version: str, resolution: str) -> None:
     uv("pip", "compile", *groups, f"--python={python}", f"--output-file={pins}", silent=True)
     # What tests it is new.
     uv("pip", "install", "--group=tests", f"--constraint={pins}", f"--python={python}")
-    arguments = ["tests/runtime", "--numprocesses=auto", *session.posargs]
+    arguments = ["tests/runtime", WORKERS, *session.posargs]
     session.run(str(python), "-m", "pytest", *arguments, external=True, env=ENV)
 
 
 def pytest(session: nox.Session, folder: str, *options: str, group: str | None = None) -> None:
     """Run the tests of a folder; `group` names their packages when it isn't the session."""
     install(session, group or session.name)
-    session.run("pytest", folder, "--numprocesses=auto", *options, *session.posargs)
+    session.run("pytest", folder, WORKERS, *options, *session.posargs)
 
 
 @nox.session(default=False)
