@@ -453,7 +453,7 @@ def test_without_a_run_it_says_that_there_is_none_and_saves_nothing(
     mlflow.set_tracking_uri(project.tracking_uri)
     with pytest.raises(DatasetError, match="has no run to use"):
         MlflowArtifactDataset(note(tmp_path)).save("hello")
-    with pytest.raises(DatasetError, match=r"has no run to save to: .*save_to_run: true"):
+    with pytest.raises(DatasetError, match="has no run to use"):
         MlflowArtifactDataset(note(tmp_path), run_id="0" * 32).save("hello")
     with pytest.raises(DatasetError, match="has no run to use"):
         MlflowArtifactDataset(note(tmp_path), log_only=True).load()

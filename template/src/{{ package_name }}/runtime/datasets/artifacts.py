@@ -14,7 +14,7 @@ from kedro.io import AbstractDataset, AbstractVersionedDataset, DatasetError
 from kedro.io.core import Version
 
 from .._kedro import is_partitioned, set_version, version_of
-from ..tracking.handle import RunHandle, attach
+from ..tracking.handle import RunHandle
 from .base import TrackedDataset, check
 from .files import at_path, fetch, has_artifact, has_file, location, log_file
 
@@ -110,7 +110,8 @@ class MlflowArtifactDataset(TrackedDataset):
         if not self._is_tracked:
             self._dataset.save(data)
             return
-        run, saved = self._run_to_save_to(), self._dataset
+        run = self._run_with(self.run_id if self.save_to_run else None)
+        saved = self._dataset
         if self.log_only:
             if self._draft is None or not self.in_chunks:
                 self._draft = self._dataset_at(_temporary_folder(run) / self._artifact.name)
@@ -127,18 +128,6 @@ class MlflowArtifactDataset(TrackedDataset):
     @property
     def _loads_from_run(self) -> bool:
         return self.run_id is not None or (self.log_only and self._is_tracked)
-
-    def _run_to_save_to(self) -> RunHandle:
-        if self.run_id is None or self.save_to_run:
-            return self._resolve_run()
-        run = self._run or attach(self._server)
-        if run is None:
-            raise DatasetError(
-                f"{type(self).__name__} has no run to save to: run it in a pipeline that is "
-                "tracked, open a run with `mlflow.start_run()`, or set `save_to_run: true` to save "
-                "to the run that it loads from."
-            )
-        return run
 
     @property
     def _artifact(self) -> PurePosixPath:
