@@ -32,9 +32,8 @@ from mlflow.tracing import client as tracing_client
 from mlflow.tracking import fluent
 from mlflow.tracking.request_header import registry
 from mlflow.tracking.request_header.abstract_request_header_provider import RequestHeaderProvider
-from mlflow.utils import autologging_utils
 from mlflow.utils.autologging_utils import client as autologging_client
-from mlflow.utils.autologging_utils import get_autologging_config, metrics_queue
+from mlflow.utils.autologging_utils import metrics_queue
 from sqlalchemy import create_engine
 
 from runtime import _kedro, _mlflow
@@ -162,19 +161,6 @@ def test_register_header_provider(monkeypatch: pytest.MonkeyPatch) -> None:
     _mlflow.register_header_provider(Provider())
 
     assert registry.resolve_request_headers()["X-Team"] == "penguins"
-
-
-def test_autologging_configs(monkeypatch: pytest.MonkeyPatch) -> None:
-    check(autologging_utils, "AUTOLOGGING_INTEGRATIONS")
-    configs = _mlflow.autologging_configs()
-    monkeypatch.setitem(configs, "sklearn", {})
-
-    mlflow.sklearn.autolog(disable=True, max_tuning_runs=7)
-    found = configs["sklearn"]["max_tuning_runs"]
-    configs["sklearn"] = {}
-
-    assert found == 7
-    assert get_autologging_config("sklearn", "max_tuning_runs") is None
 
 
 def test_renew_autologging_threads(monkeypatch: pytest.MonkeyPatch) -> None:

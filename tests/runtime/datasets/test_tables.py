@@ -66,7 +66,7 @@ def run_id() -> str:
 EACH_CLASS = pytest.mark.parametrize(
     "dataset",
     [
-        MlflowTableDataset("t.json", load_args={"extra_columns": ["run_id"]}, metadata={"a": 1}),
+        MlflowTableDataset("t.json", save_args={"mode": "append"}, metadata={"a": 1}),
         MlflowRunsDataset("metrics.rmse < 1", "metrics.rmse", limit=3, metadata={"a": 1}),
     ],
     ids=lambda dataset: type(dataset).__name__,
@@ -216,26 +216,6 @@ def test_images_in_a_table_become_files_beside_it(client: MlflowClient) -> None:
         dataset.save({"image": [image, 1]})
 
 
-@embedded
-def test_tables_of_several_runs_load_as_one(client: MlflowClient) -> None:
-    others = [client.create_run(active().info.experiment_id).info.run_id for _ in range(2)]
-    for seed, other in enumerate(others):
-        client.log_param(other, "seed", seed)
-        MlflowTableDataset("t.json", run_id=other).save({"a": [seed, 10 + seed], "run_id": "mine"})
-
-    extra = ["run_id", "params.seed", "metrics.none", "start_time"]
-    loaded = MlflowTableDataset("t.json", load_args={"run_ids": others, "extra_columns": extra})
-
-    table = loaded.load()
-    assert table["a"].tolist() == [0, 10, 1, 11]
-    assert table["run_id_"].tolist() == [others[0]] * 2 + [others[1]] * 2
-    assert table["params.seed"].tolist() == ["0", "0", "1", "1"]
-    assert table["metrics.none"].isna().all()
-    assert str(table["start_time"].dt.tz) == "UTC"
-    assert MlflowTableDataset("t.json", run_id=others[1]).load()["a"].tolist() == [1, 11]
-    assert client.list_artifacts(run_id()) == []
-
-
 def test_a_run_that_has_no_such_table_is_named(client: MlflowClient) -> None:
     with pytest.raises(DatasetError, match=rf"^The run {run_id()} has no artifact 'a/t\.json'\.$"):
         MlflowTableDataset("a/t.json").load()
@@ -252,10 +232,6 @@ def test_wrong_use_of_a_table_is_told() -> None:
             MlflowTableDataset(file)
     with pytest.raises(DatasetError, match=r"`save_args\.mode` is one of .*, got 'add'"):
         MlflowTableDataset(save_args={"mode": "add"})
-    with pytest.raises(DatasetError, match=r"`load_args` takes run_ids and .*, got 'run_id'"):
-        MlflowTableDataset(load_args={"run_id": "x"})
-    with pytest.raises(DatasetError, match=r"`load_args\.extra_columns` are among .*, got 'rmse'"):
-        MlflowTableDataset(load_args={"extra_columns": ["rmse"]})
     with pytest.raises(DatasetError, match="takes a DataFrame or a dictionary of lists, got list"):
         MlflowTableDataset("t.json").save([1])
     with pytest.raises(DatasetError, match="needs an `artifact_file` outside a Kedro run"):

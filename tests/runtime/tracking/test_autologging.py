@@ -355,10 +355,10 @@ def test_pytorch_lightning_logs_to_the_run(project: Project) -> None:
     assert len(project.client.get_metric_history(run.info.run_id, "loss")) == 3
 
 
-@pytest.mark.parametrize("of_mlflow_yml", ["", "tracking: {autolog: {sklearn: {silent: true}}}"])
-def test_what_the_user_switched_on_stays_as_it_was(project: Project, of_mlflow_yml: str) -> None:
+def test_what_the_user_switched_on_stays_where_mlflow_yml_does_not_name_it(
+    project: Project,
+) -> None:
     project.pipeline(FIT)
-    project.mlflow_yml(of_mlflow_yml)
     mlflow.sklearn.autolog(log_models=False)
     before = dict(AUTOLOGGING_INTEGRATIONS["sklearn"])
     try:
@@ -367,19 +367,6 @@ def test_what_the_user_switched_on_stays_as_it_was(project: Project, of_mlflow_y
         assert AUTOLOGGING_INTEGRATIONS["sklearn"] == before
     finally:
         mlflow.sklearn.autolog(disable=True)
-
-
-def test_what_was_off_is_switched_on_by_mlflows_autolog_later(project: Project) -> None:
-    AUTOLOGGING_INTEGRATIONS["sklearn"] = {}  # as in a process where nobody has touched it
-    project.pipeline(FIT)
-    project.mlflow_yml("tracking: {autolog: {sklearn: {log_models: false}}}")
-    project.run()
-
-    mlflow.autolog(log_models=False)
-    try:
-        assert is_on("sklearn")
-    finally:
-        mlflow.autolog(disable=True)
 
 
 def test_a_library_comes_without_its_flavor_where_nothing_is_on(project: Project) -> None:

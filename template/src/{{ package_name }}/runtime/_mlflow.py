@@ -86,18 +86,6 @@ def register_header_provider(provider: RequestHeaderProvider) -> None:
     _request_header_provider_registry.register(lambda: provider)
 
 
-def autologging_configs() -> dict[str, dict[str, Any]]:
-    """Return MLflow's own table of what autologging was called with, by integration.
-
-    `get_autologging_config` reads it, but nothing public takes an entry back, and `mlflow.autolog`
-    keeps away from every integration that has one. Seen in MLflow 3.9 to 3.17.
-    """
-    from mlflow.utils.autologging_utils import AUTOLOGGING_INTEGRATIONS
-
-    configs: dict[str, dict[str, Any]] = AUTOLOGGING_INTEGRATIONS
-    return configs
-
-
 def renew_autologging_threads() -> None:
     """Give autologging threads of this process.
 

@@ -7,14 +7,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from threading import RLock
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mlflow.tracking.request_header.abstract_request_header_provider import (
         RequestHeaderProvider,
     )
 
-    from .tracking.autologging import SwitchedOn
     from .tracking.ending import Started
     from .tracking.outbox import Outbox
 
@@ -34,8 +33,8 @@ class ProcessState:
     before_export: dict[str, str | None] = field(default_factory=dict)
     # Each provider that MLflow asks, under its class and all that it was made with.
     header_providers: dict[tuple[str, str], RequestHeaderProvider] = field(default_factory=dict)
-    # The flavors that MLflow logs by itself.
-    autologging: dict[str, SwitchedOn] = field(default_factory=dict)
+    # The flavors that MLflow logs by itself, each with its options.
+    autologging: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     has_autologging_threads: bool = False
     signal_handlers: dict[int, Callable[[int, FrameType | None], None]] = field(
         default_factory=dict

@@ -6,7 +6,7 @@ import shutil
 from functools import partial
 from multiprocessing.util import Finalize
 from pathlib import Path, PurePosixPath
-from tempfile import TemporaryDirectory, mkdtemp
+from tempfile import mkdtemp
 from typing import Any, ClassVar
 
 from fsspec.implementations.local import LocalFileSystem  # type: ignore[import-untyped]
@@ -14,9 +14,9 @@ from kedro.io import AbstractDataset, AbstractVersionedDataset, DatasetError
 from kedro.io.core import Version
 
 from .._kedro import is_partitioned, set_version, version_of
-from ..tracking.handle import RunHandle, attach
+from ..tracking.handle import RunHandle
 from .base import TrackedDataset, check
-from .files import at_path, fetch, has_artifact, has_file, location, log_file, snapshot
+from .files import at_path, fetch, has_artifact, has_file, location, log_file
 
 
 @AbstractVersionedDataset.register  # Kedro hands `catalog.load(name, version=…)` to these alone
@@ -24,9 +24,9 @@ class MlflowArtifactDataset(TrackedDataset):
     """Wrap a dataset, so that what it saves becomes an artifact of the run as well.
 
     The artifact has the name of the file or folder. Of a partitioned dataset only the partitions
-    that this run has saved are logged. What a node yields in chunks is logged once, when the run
-    ends; but with `log_only`, in the workers of a ParallelRunner, after each chunk. Where tracking
-    is disabled the wrapped dataset saves and loads as if it stood alone, with `log_only` too.
+    that this run has saved are logged. A file that a node yields in chunks is logged when the run
+    ends; in a worker process, or with `log_only`, after each chunk. Where tracking is disabled the
+    wrapped dataset saves and loads as if it stood alone, with `log_only` too.
 
     Args:
         dataset: The wrapped dataset as in `catalog.yml`: a dictionary with a `type`, and with
@@ -49,7 +49,7 @@ class MlflowArtifactDataset(TrackedDataset):
     # has versions.
     versioned: ClassVar[bool] = True
 
-    # What `log_only` has saved in chunks so far.
+    # With `log_only`: the dataset in a temporary folder, where all chunks of a node go.
     _draft: AbstractDataset[Any, Any] | None = None
 
     def __init__(
@@ -93,10 +93,7 @@ class MlflowArtifactDataset(TrackedDataset):
     def bind(self, *args: Any) -> None:
         """Bind the dataset to a Kedro run."""
         super().bind(*args)
-        if self._run and self._is_growing and not self.log_only:
-            # Whichever process saves the file, the one that ends the run logs it.
-            before = snapshot(self._dataset)
-            self._run.before_end(partial(self._log_if_changed, self._run_to_save_to(), before))
+        self._draft = None
 
     def load(self) -> Any:
         """Load the local file, or with a `run_id` or `log_only` the artifact of the run.
@@ -106,69 +103,31 @@ class MlflowArtifactDataset(TrackedDataset):
         """
         if not self._loads_from_run:
             return self._dataset.load()
-        folder = _temporary_folder(self._resolve_run())
-        data = self._dataset_at(self._fetch(folder)).load()
-        if _is_in_memory(data):
-            shutil.rmtree(folder, ignore_errors=True)
-        return data
+        return self._dataset_at(self._fetch(_temporary_folder(self._resolve_run()))).load()
 
     def save(self, data: Any) -> None:
         """Save with the wrapped dataset, then copy what was saved to the run."""
         if not self._is_tracked:
             self._dataset.save(data)
             return
-        run = self._run_to_save_to()
+        run = self._run_with(self.run_id if self.save_to_run else None)
+        saved = self._dataset
         if self.log_only:
-            self._save_to_run_alone(run, data)
-            return
-        self._dataset.save(data)
-        if not self._is_growing:
-            log_file(run, self._dataset, self.artifact_path, data)
-
-    def _save_to_run_alone(self, run: RunHandle, data: Any) -> None:
-        if not self._is_growing:
-            with TemporaryDirectory() as folder:
-                draft = self._dataset_at(Path(folder, self._artifact.name))
-                draft.save(data)
-                log_file(run, draft, self.artifact_path, data)
-            return
-        if self._draft is None:
-            self._draft = self._dataset_at(_temporary_folder(run) / self._artifact.name)
-            if run.is_ours:
-                run.before_end(self._log_draft)
-        self._draft.save(data)
-        if not run.is_ours:  # a worker doesn't know which chunk is the last, nor who loads it
-            log_file(run, self._draft, self.artifact_path)
-
-    def _log_draft(self) -> None:
-        draft, self._draft = self._draft, None
-        if draft is not None:
-            log_file(self._run_to_save_to(), draft, self.artifact_path)
-
-    @property
-    def _is_growing(self) -> bool:
-        # A partition, unlike other files, is whole with its chunk.
-        return self.in_chunks and not is_partitioned(self._dataset)
-
-    def _log_if_changed(self, run: RunHandle, before: dict[str, Any]) -> None:
-        if snapshot(self._dataset) != before:
-            log_file(run, self._dataset, self.artifact_path)
+            if self._draft is None or not self.in_chunks:
+                self._draft = self._dataset_at(_temporary_folder(run) / self._artifact.name)
+            saved = self._draft
+        saved.save(data)
+        # A partition is whole with its chunk, and a worker doesn't know which chunk is the last.
+        is_growing = self.in_chunks and not is_partitioned(saved)
+        if is_growing and run.is_ours and not self.log_only:
+            log = partial(log_file, run, saved, self.artifact_path)
+            run.before_end(log, key=f"artifact of {self._name}")
+        else:
+            log_file(run, saved, self.artifact_path, data)
 
     @property
     def _loads_from_run(self) -> bool:
         return self.run_id is not None or (self.log_only and self._is_tracked)
-
-    def _run_to_save_to(self) -> RunHandle:
-        if self.run_id is None or self.save_to_run:
-            return self._resolve_run()
-        run = self._run or attach(self._server)
-        if run is None:
-            raise DatasetError(
-                f"{type(self).__name__} has no run to save to: run it in a pipeline that is "
-                "tracked, open a run with `mlflow.start_run()`, or set `save_to_run: true` to save "
-                "to the run that it loads from."
-            )
-        return run
 
     @property
     def _artifact(self) -> PurePosixPath:
@@ -197,15 +156,13 @@ class MlflowArtifactDataset(TrackedDataset):
         return self._config_at(self._fetch(folder).relative_to(folder).as_posix())
 
     def _fetch(self, folder: Path) -> Path:
-        if self.run_id is None:
-            self._log_draft()
         with self._reading():
             return fetch(self._resolve_run(), self._artifact, folder)
 
     def _exists(self) -> bool:
         if not self._loads_from_run:
             return self._dataset.exists()
-        return (self.run_id is None and self._draft is not None) or super()._exists()
+        return super()._exists()
 
     def _is_in(self, run: RunHandle) -> bool:
         return has_artifact(run, self._artifact)
@@ -258,9 +215,3 @@ def _temporary_folder(run: RunHandle) -> Path:
     if run.is_ours:
         run.before_end(remove)
     return Path(folder)
-
-
-def _is_in_memory(data: Any) -> bool:
-    """Check whether data surely doesn't read its file later, as partitions and lazy tables do."""
-    package = type(data).__module__.partition(".")[0]
-    return package in ("pandas", "numpy") or isinstance(data, str | bytes)

@@ -105,9 +105,17 @@ class TrackedDataset(AbstractDataset[Any, Any]):
         return self._server is None or self._run is not None
 
     def _resolve_run(self) -> RunHandle:
-        if self._run and self.run_id in (None, self._run.run_id):
+        return self._run_with(self.run_id)
+
+    def _run_with(self, run_id: str | None) -> RunHandle:
+        """Return the run of an id, by default the current one.
+
+        Raises:
+            DatasetError: When there is none.
+        """
+        if self._run and run_id in (None, self._run.run_id):
             return self._run
-        run = attach(self._server, self.run_id)
+        run = attach(self._server, run_id)
         if run is None:
             raise DatasetError(
                 f"{type(self).__name__} has no run to use: run it in a pipeline that is tracked, "

@@ -50,12 +50,6 @@ def list_files(file_system: Any, path: str) -> list[str]:
     return sorted(file_system.find(path))
 
 
-def snapshot(dataset: AbstractDataset[Any, Any]) -> dict[str, Any]:
-    """Return the size and time of each file of a dataset, so that a change shows."""
-    file_system, path = location(dataset)
-    return {file: file_system.info(file) for file in list_files(file_system, path)}
-
-
 def partitions(
     file_system: Any, dataset: Any, data: Any, folder: str, place: PurePosixPath
 ) -> dict[str, PurePosixPath]:

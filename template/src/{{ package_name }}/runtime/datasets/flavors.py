@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib import import_module
@@ -15,12 +16,14 @@ from typing import TYPE_CHECKING, Any
 from kedro.io import DatasetError
 
 from .base import check
-from .requirements import with_requirements
 
 if TYPE_CHECKING:
     from mlflow.models.model import ModelInfo
 
 _WORKFLOWS = ("python_model", "loader_module")
+
+# The arguments of `log_model` with which a user says what a model requires.
+_REQUIREMENTS = ("pip_requirements", "conda_env", "uv_project_path", "uv_groups", "uv_extras")
 
 # MLflow notes which environment variables a model reads when it tries the input example, by
 # exchanging methods of `os.environ`; two threads at once would not put them back.
@@ -124,6 +127,48 @@ def unpack(data: Any, save_args: Mapping[str, Any]) -> tuple[Any, dict[str, Any]
             )
         del arguments["signature"]
     return data, arguments
+
+
+def with_requirements(
+    flavor: ModuleType,
+    model: Any,
+    arguments: Mapping[str, Any],
+    more: Iterable[str] = (),
+    options: Iterable[str] = (),
+) -> dict[str, Any]:
+    """Return the arguments of `log_model` or `save_model` with what the flavor requires.
+
+    Else MLflow lists all that the project's `uv.lock` has, or imports the model in another process
+    to see what it needs.
+
+    Args:
+        flavor: MLflow's module for the kind of model, or one's own, which may say nothing.
+        model: The model to log.
+        arguments: The arguments so far; requirements among them are all that the model gets, but
+            for `extra_pip_requirements`, which come in addition.
+        more: What the model requires besides its flavor. MLflow adds itself.
+        options: Options for pip, put first.
+    """
+    given = dict(arguments)
+    requirements_of = getattr(flavor, "get_default_pip_requirements", None)
+    if requirements_of and all(given.get(name) is None for name in _REQUIREMENTS):
+        known = {"model": getattr(model, "model", model)}
+        for library in ("cloudpickle", "skops"):
+            is_wanted = given.get("serialization_format") in (None, library)
+            known[f"include_{library}"] = is_wanted and find_spec(library) is not None
+        taken = inspect.signature(requirements_of).parameters
+        lines = requirements_of(**{name: known[name] for name in known if name in taken})
+        extra = given.get("extra_pip_requirements") or []
+        extra = [f"-r {extra}"] if isinstance(extra, str) else extra
+        # In order, because the tools that build wheels list what is declared in theirs.
+        lines = sorted({*more, *lines}, key=lambda line: line.lower().split("=="))
+        given["pip_requirements"] = [*options, *lines, *extra]
+        given["extra_pip_requirements"] = None
+    is_pyfunc = flavor.__name__ == "mlflow.pyfunc"
+    if is_pyfunc and "uv_project_path" in inspect.signature(flavor.save_model).parameters:
+        # MLflow copies the lock of the working folder all the same. There is none beside this file.
+        given.setdefault("uv_project_path", str(Path(__file__).parent))
+    return given
 
 
 def _one_line(error: Exception) -> str:

@@ -55,7 +55,7 @@ class _MetricDataset(TrackedDataset):
             yield point._replace(timestamp=timestamp)
 
     def _is_in(self, run: RunHandle) -> bool:
-        return any(self._is_mine(key) for key in run.metric_keys())
+        return any(self._is_mine(key) for key in run.metrics())
 
     @abstractmethod
     def _is_mine(self, key: str) -> bool:
@@ -95,12 +95,16 @@ class _OneMetricDataset(_MetricDataset):
     def _required_key(self) -> str:
         return self._required("a `key`", self.key)
 
-    def _history(self) -> list[Metric]:
+    def _history(self, step: int | None = None) -> list[Metric]:
+        """Return the points of the metric, or only those at a step."""
         run, key = self._resolve_run(), self._required_key()
         with self._reading():
             history = run.metric_history(key)
+        if step is not None:
+            history = [metric for metric in history if metric.step == step]
         if not history:
-            raise DatasetError(f"The run {run.run_id} has no metric '{key}'.")
+            at_step = "" if step is None else f" at step {step}"
+            raise DatasetError(f"The run {run.run_id} has no metric '{key}'{at_step}.")
         return history
 
     def _is_mine(self, key: str) -> bool:
@@ -126,30 +130,20 @@ class MlflowMetricDataset(_OneMetricDataset):
 
     def load(self) -> float:
         """Return the value last logged, or the one last logged at the step asked for."""
-        history = self._history()
         step = self.load_args.get("step")
         if step is not None:
-            wanted = _step(step, self._required_key())
-            history = [metric for metric in history if metric.step == wanted]
-            if not history:
-                run = self._resolve_run()
-                raise DatasetError(
-                    f"The run {run.run_id} has no metric '{self.key}' at step {step}."
-                )
-        return history[-1].value
+            step = _whole(step, self._required_key())
+        return self._history(step)[-1].value
 
     def save(self, data: float) -> None:
         """Log one value."""
         key = self._required_key()
         value = _number(data, key)
-        timestamp = _timestamp(self.save_args.get("timestamp"), key)
-        step = self.save_args.get("step")
-        if step is not None:
-            step = _step(step, key)
-        elif self._is_tracked:
+        step, timestamp = (self.save_args.get(name) for name in ("step", "timestamp"))
+        if step is None and self._is_tracked:
             last = self._resolve_run().last_step(key)
             step = 0 if last is None else last + (self._save_mode == "append")
-        self._log([Point(key, value, step or 0, timestamp)])
+        self._log([_point({"value": value, "step": step or 0, "timestamp": timestamp}, key)])
 
 
 class MlflowMetricHistoryDataset(_OneMetricDataset):
@@ -196,7 +190,7 @@ class MlflowMetricHistoryDataset(_OneMetricDataset):
         takes = f"Metric '{key}' takes in mode '{self._save_mode}'"
         if self._save_mode == "dict":
             items = _items(data, f"{takes} a dictionary {{step: value}}")
-            return [Point(key, _number(value, key), _step(step, key)) for step, value in items]
+            return [_point({"step": step, "value": value}, key) for step, value in items]
         if self._save_mode == "list":
             values = _elements(data, f"{takes} a list of numbers")
             start = self._count if self.in_chunks else 0
@@ -233,12 +227,9 @@ class _ManyMetricsDataset(_MetricDataset):
         return key.startswith(self._key(""))
 
     def _values(self) -> dict[str, float]:
-        """Return the value of each metric, which is the last one at its highest step."""
         run = self._resolve_run()
-        run.flush()
         with self._reading():
-            metrics = run.server.client.get_run(run.run_id).data.metrics
-        values = {key: value for key, value in metrics.items() if self._is_mine(key)}
+            values = {key: value for key, value in run.metrics().items() if self._is_mine(key)}
         if not values:
             which = f"metrics '{self._key('…')}'" if self.prefix else "metrics"
             raise DatasetError(f"The run {run.run_id} has no {which}.")
@@ -327,35 +318,30 @@ def _number(value: Any, key: str) -> float:
         raise DatasetError(f"Metric '{key}' takes a number, got {_shown(value)}.") from error
 
 
-def _whole(value: Any, rule: str, lowest: int) -> int:
-    """Return a whole number of 64 bits, also one that a table has made a float."""
+def _whole(value: Any, key: str, what: str = "step") -> int:
+    """Return a step or a timestamp, a whole number also when a table has made it a float."""
+    unit = " of milliseconds since 1970" if what == "timestamp" else ""
+    rule = f"A {what} of metric '{key}' is a whole number{unit}"
     try:
         is_whole_float = isinstance(value, float) and value.is_integer()
         whole = int(value) if is_whole_float else operator.index(value)
     except TypeError as error:
         raise DatasetError(f"{rule}, got {_shown(value)}.") from error
+    lowest = 0 if what == "timestamp" else -(2**63)
     if not lowest <= whole < 2**63:
         raise DatasetError(f"{rule} of 64 bits, got {whole}.")
     return whole
 
 
-def _step(value: Any, key: str) -> int:
-    return _whole(value, f"A step of metric '{key}' is a whole number", lowest=-(2**63))
-
-
-def _timestamp(value: Any, key: str) -> int | None:
-    if value is None:
-        return None
-    rule = f"A timestamp of metric '{key}' is a whole number of milliseconds since 1970"
-    return _whole(value, rule, lowest=0)
-
-
-def _point(item: Any, key: str, rule: str) -> Point:
+def _point(item: Any, key: str, rule: str = "") -> Point:
     """Return the point of `{"step": …, "value": …}`, in which a timestamp may be too."""
     if not (isinstance(item, Mapping) and {"step", "value"} <= item.keys()):
         raise DatasetError(f"{rule}, got {_shown(item)}.")
-    value, step = _number(item["value"], key), _step(item["step"], key)
-    return Point(key, value, step, _timestamp(item.get("timestamp"), key))
+    value, step = _number(item["value"], key), _whole(item["step"], key)
+    timestamp = item.get("timestamp")
+    return Point(
+        key, value, step, None if timestamp is None else _whole(timestamp, key, "timestamp")
+    )
 
 
 def _elements(data: Any, rule: str) -> list[Any]:

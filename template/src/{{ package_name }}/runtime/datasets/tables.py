@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from itertools import islice
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
@@ -52,8 +52,6 @@ class MlflowTableDataset(TrackedDataset):
         artifact_file: Path among the run's artifacts, ending in `.json` or `.parquet`; by default
             the dataset's name in the catalog with `.json`.
         run_id: Run to log to and load from instead of the current one.
-        load_args: `run_ids`, a list of runs whose tables are loaded one below the other, and
-            `extra_columns`, what to add of each table's run, such as `run_id` or `params.seed`.
         save_args: `mode`: `overwrite` (default) replaces a table that the run has already,
             `append` adds the rows to it. What a node yields is one table in both.
         metadata: Kept and not used.
@@ -62,25 +60,19 @@ class MlflowTableDataset(TrackedDataset):
         DatasetError: When an argument is none of these.
     """
 
-    SHOWN = ("artifact_file", "run_id", "load_args", "save_args")
+    SHOWN = ("artifact_file", "run_id", "save_args")
 
     def __init__(
         self,
         artifact_file: str | None = None,
         run_id: str | None = None,
-        load_args: dict[str, Any] | None = None,
         save_args: dict[str, Any] | None = None,
         metadata: dict[str, Any] | None = None,
     ) -> None:
         self.artifact_file = _checked_file(artifact_file) if artifact_file else None
         self.run_id = run_id
-        self.load_args = _checked_args("load_args", load_args, ("run_ids", "extra_columns"))
-        self.save_args = _checked_args("save_args", save_args, ("mode",))
+        self.save_args = save_args or {}
         self.metadata = metadata
-        self._run_ids = _list_of_texts("load_args.run_ids", self.load_args.get("run_ids"))
-        self._extra = _checked_columns(
-            "load_args.extra_columns", self.load_args.get("extra_columns")
-        )
         self._mode = mode_of("save_args", self.save_args, ("overwrite", "append"))
         self._chunks: list[pd.DataFrame] = []  # what a node has yielded so far
 
@@ -91,41 +83,46 @@ class MlflowTableDataset(TrackedDataset):
         self.artifact_file = self.artifact_file or f"{self._name}.json"
 
     def load(self) -> pd.DataFrame:
-        """Return the table, or those of several runs as one."""
+        """Return the table.
+
+        Not with MLflow's `load_table`: it makes the number 7 of the text "007", and finds no table
+        that is missing in the run's list, as one may when two processes saved tables at once.
+        """
         import pandas as pd
 
-        given = [attach(self._server, run_id) for run_id in self._run_ids]
-        runs = [run for run in given if run] or [self._resolve_run()]
-        with self._reading():
-            return pd.concat([self._of_run(run) for run in runs], ignore_index=True)
+        with self._reading(), TemporaryDirectory() as folder:
+            local = fetch(self._resolve_run(), PurePosixPath(self._required_file()), folder)
+            if local.suffix == ".parquet":
+                return pd.read_parquet(local)
+            content = json.loads(local.read_text(encoding="utf-8"))
+            return pd.DataFrame(content["data"], columns=content["columns"])
 
     def save(self, data: Any) -> None:
         """Log a DataFrame, a dictionary of lists, or a dictionary that is one row."""
         import pandas as pd
 
-        file, table = self._required_file(), _frame_of_data(data)
+        file = self._required_file()
+        if not isinstance(data, pd.DataFrame | Mapping):
+            raise DatasetError(
+                "MlflowTableDataset takes a DataFrame or a dictionary of lists, "
+                f"got {type(data).__name__}."
+            )
         if not self._is_tracked:
             return
-        run = self._resolve_run()
+        is_table = isinstance(data, pd.DataFrame) or any(
+            map(pd.api.types.is_list_like, data.values())
+        )
+        run, table = self._resolve_run(), pd.DataFrame(data if is_table else [data])
         if self.in_chunks and self._mode == "overwrite":
             self._chunks.append(table)
             table = pd.concat(self._chunks, ignore_index=True)
         with _listing:
-            if self._mode == "overwrite" and has_artifact(run, PurePosixPath(file)):
+            if self._mode == "overwrite" and self._is_in(run):
                 _make_empty(run, file)
             try:
                 run.server.client.log_table(run.run_id, table, file)
             except json.JSONDecodeError:  # MLflow 3.17 cuts a list that is too long for its tag
                 logger.warning("MLflow's list of tables is full: its UI won't show '%s'", file)
-
-    def _of_run(self, run: RunHandle) -> pd.DataFrame:
-        file = self._required_file()
-        table = _read_table(run, file)
-        if self._extra:
-            of_run = _frame_of_runs([run.server.client.get_run(run.run_id)], self._extra)
-            for column in self._extra:
-                table[f"{column}_" if column in table else column] = of_run[column].iloc[0]
-        return table
 
     def _required_file(self) -> str:
         return _checked_file(self._required("an `artifact_file`", self.artifact_file))
@@ -174,17 +171,33 @@ class MlflowRunsDataset(TrackedDataset):
         self.filter = filter
         self.order_by = _list_of_texts("order_by", order_by)
         self.limit = limit
-        self.columns = _checked_columns("columns", columns)
+        self.columns = _list_of_texts("columns", columns)
+        rule = f"are among {', '.join(_ATTRIBUTES)}, metrics.…, params.… and tags.…"
+        for column in self.columns:
+            check(column in _ATTRIBUTES or column.startswith(_GROUPS), "columns", rule, column)
         self.experiment_names = _list_of_texts("experiment_names", experiment_names)
         self.include_current = include_current
         self.metadata = metadata
 
     def load(self) -> pd.DataFrame:
         """Search the runs, and return a table of them."""
-        with self._reading():
-            return _frame_of_runs(self._search(), self.columns)
+        import pandas as pd
 
-    def _search(self) -> list[Run]:
+        with self._reading():
+            rows = [
+                {name: getattr(run.info, name) for name in _ATTRIBUTES}
+                | {f"metrics.{name}": value for name, value in run.data.metrics.items()}
+                | {f"params.{name}": value for name, value in run.data.params.items()}
+                | {f"tags.{name}": value for name, value in run.data.tags.items()}
+                for run in self._search()
+            ]
+        others = sorted({name for row in rows for name in row} - {*_ATTRIBUTES})
+        table = pd.DataFrame(rows).reindex(columns=self.columns or [*_ATTRIBUTES, *others])
+        for time in table.columns.intersection(_TIMES):
+            table[time] = pd.to_datetime(table[time].astype("Int64"), unit="ms", utc=True)
+        return table
+
+    def _search(self) -> Iterable[Run]:
         server = self._server or Server.in_use()
         run = self._run if self._server else attach()
         experiments = self._experiment_ids(server.client, run)
@@ -194,7 +207,7 @@ class MlflowRunsDataset(TrackedDataset):
         elif run:
             conditions.append(f"attributes.run_id != '{run.run_id}'")
         if not experiments:
-            return []
+            return ()
         # Not `mlflow.search_runs`, which asks the server that the process points at.
         runs = all_results(
             server.client.search_runs,
@@ -203,7 +216,7 @@ class MlflowRunsDataset(TrackedDataset):
             max_results=min(PAGE, self.limit or PAGE),
             order_by=self.order_by,
         )
-        return list(islice(runs, self.limit))
+        return islice(runs, self.limit)
 
     def save(self, data: Any) -> None:  # noqa: ARG002
         """Raise an error: runs are what other datasets log to."""
@@ -237,14 +250,6 @@ class MlflowRunsDataset(TrackedDataset):
         return True
 
 
-def _checked_args(
-    argument: str, given: dict[str, Any] | None, known: Sequence[str]
-) -> dict[str, Any]:
-    for key in given or {}:
-        check(key in known, argument, f"takes {' and '.join(known)}", key)
-    return given or {}
-
-
 def _list_of_texts(argument: str, given: Any) -> list[str]:
     """Return a list of texts, which may be given as one text or be missing."""
     texts = [given] if isinstance(given, str) else list(given or ())
@@ -252,32 +257,6 @@ def _list_of_texts(argument: str, given: Any) -> list[str]:
         if not isinstance(text, str):
             raise DatasetError(f"`{argument}` is a list of texts, got {text!r} in it.")
     return texts
-
-
-def _checked_columns(argument: str, given: Any) -> list[str]:
-    columns = _list_of_texts(argument, given)
-    rule = f"are among {', '.join(_ATTRIBUTES)}, metrics.…, params.… and tags.…"
-    for column in columns:
-        check(column in _ATTRIBUTES or column.startswith(_GROUPS), argument, rule, column)
-    return columns
-
-
-def _frame_of_runs(runs: Sequence[Run], columns: Sequence[str]) -> pd.DataFrame:
-    """Return a table with a row for each run; without `columns` with all that any run has."""
-    import pandas as pd
-
-    rows = [
-        {name: getattr(run.info, name) for name in _ATTRIBUTES}
-        | {f"metrics.{name}": value for name, value in run.data.metrics.items()}
-        | {f"params.{name}": value for name, value in run.data.params.items()}
-        | {f"tags.{name}": value for name, value in run.data.tags.items()}
-        for run in runs
-    ]
-    others = sorted({name for row in rows for name in row} - {*_ATTRIBUTES})
-    frame = pd.DataFrame(rows).reindex(columns=[*(columns or [*_ATTRIBUTES, *others])])
-    for time in frame.columns.intersection(_TIMES):
-        frame[time] = pd.to_datetime(frame[time].astype("Int64"), unit="ms", utc=True)
-    return frame
 
 
 def _checked_file(file: str) -> str:
@@ -289,35 +268,6 @@ def _checked_file(file: str) -> str:
     )
     check(is_inside and path.suffix in (".json", ".parquet"), "artifact_file", rule, file)
     return str(path)
-
-
-def _frame_of_data(data: Any) -> pd.DataFrame:
-    """Return a new table of a DataFrame, a dictionary of columns, or a dictionary that is a row."""
-    import pandas as pd
-
-    if not isinstance(data, pd.DataFrame | Mapping):
-        raise DatasetError(
-            "MlflowTableDataset takes a DataFrame or a dictionary of lists, "
-            f"got {type(data).__name__}."
-        )
-    is_row = isinstance(data, Mapping) and not any(map(pd.api.types.is_list_like, data.values()))
-    return pd.DataFrame([data] if is_row else data)
-
-
-def _read_table(run: RunHandle, file: str) -> pd.DataFrame:
-    """Return a table of a run.
-
-    Not with MLflow's `load_table`: it makes the number 7 of the text "007", and finds no table
-    that is missing in the run's list, as one may when two processes saved tables at once.
-    """
-    import pandas as pd
-
-    with TemporaryDirectory() as folder:
-        local = fetch(run, PurePosixPath(file), folder)
-        if local.suffix == ".parquet":
-            return pd.read_parquet(local)
-        content = json.loads(local.read_text(encoding="utf-8"))
-        return pd.DataFrame(content["data"], columns=content["columns"])
 
 
 def _make_empty(run: RunHandle, file: str) -> None:

@@ -22,11 +22,11 @@ from mlflow.pyfunc.model import PythonModelContext
 from mlflow.types import Schema
 
 from .._kedro import uncached
+from ..datasets.flavors import with_requirements
 from ..datasets.models import REFUSED_IN_NAME
-from ..datasets.requirements import with_requirements
 from .pipeline_ml import PipelineError
 from .pipeline_model import KedroPipelineModel, is_in_memory
-from .requirements import INSTALLED, of_project, sources
+from .requirements import INSTALLED, indexes_of, of_project, sources
 
 if TYPE_CHECKING:
     from kedro.io import DataCatalog
@@ -134,7 +134,9 @@ def log(
         required, libraries = of_project(package)
         given = arguments.get("code_paths") or ()
         arguments["code_paths"] = _code(model, package, libraries, given)
-        arguments = with_requirements(mlflow.pyfunc, model, arguments, required, package)
+        arguments = with_requirements(
+            mlflow.pyfunc, model, arguments, required, indexes_of(package)
+        )
         # What `mlflow.pyfunc.log_model` does, with a description of our own.
         write = partial(_Description.log, None, mlflow.pyfunc, artifacts=artifacts, **arguments)
         info = run.log_model(

@@ -1,4 +1,8 @@
-"""What a pipeline's model requires: what its project declares, and its own libraries as code."""
+"""What a pipeline's model requires: what its project declares, and its own libraries as code.
+
+Nothing is inferred: what a model gets depends neither on the lock file of a project, nor on what
+happens to be imported or on PATH.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,8 @@ import json
 import logging
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from pkgutil import iter_modules
@@ -17,11 +23,11 @@ from packaging.requirements import Requirement  # comes with MLflow
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from ..datasets.requirements import (
-    distribution_of,
-    metadata,
-    project_settings,
-    without_password,
+# Before 3.11 Kedro brings it.
+tomllib = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
+# Before 3.11 Python's own knows only distributions that list their packages; MLflow brings this.
+metadata = import_module(
+    "importlib.metadata" if sys.version_info >= (3, 11) else "importlib_metadata"
 )
 
 logger = logging.getLogger(__name__)
@@ -53,7 +59,7 @@ def of_project(package: str) -> tuple[list[str], list[Path]]:
         if key in seen:
             continue
         seen.add(key)
-        distribution = distribution_of(requirement.name)
+        distribution = _distribution_of(requirement.name)
         folder = _local_folder(distribution)
         if folder is None:
             lines[_pinned(requirement, distribution)] = None
@@ -73,12 +79,12 @@ def of_project(package: str) -> tuple[list[str], list[Path]]:
 
 def _declared(package: str) -> list[Requirement] | None:
     """Return the dependencies that a project declares, None where they can't be found."""
-    project, _ = project_settings(package)
+    project, _ = _project_settings(package)
     if "dependencies" in project:
         return _applicable(project["dependencies"])
     # A wheel, or a project that leaves its dependencies to the tool that builds it.
     names = metadata.packages_distributions().get(package) or [project.get("name")]
-    distribution = distribution_of(names[0]) if names[0] else None
+    distribution = _distribution_of(names[0]) if names[0] else None
     return distribution and _applicable(distribution.requires or ())
 
 
@@ -111,13 +117,13 @@ def _pinned(requirement: Requirement, distribution: Any) -> str:
     """Return a requirement at the version, or the commit, that is installed."""
     extras = f"[{','.join(sorted(requirement.extras))}]" if requirement.extras else ""
     if distribution is None:  # for another distribution that brings the same
-        url = f" @ {without_password(requirement.url)}" if requirement.url else ""
+        url = f" @ {_without_password(requirement.url)}" if requirement.url else ""
         return f"{requirement.name}{extras}{url or requirement.specifier}"
     name = f"{distribution.metadata['Name']}{extras}"
     origin = _origin(distribution)
     if not origin:
         return f"{name}=={Version(distribution.version).public}"
-    url, vcs = without_password(origin["url"]), origin.get("vcs_info")
+    url, vcs = _without_password(origin["url"]), origin.get("vcs_info")
     url = f"{vcs['vcs']}+{url}@{vcs['commit_id']}" if vcs else url
     folder = f"#subdirectory={origin['subdirectory']}" if "subdirectory" in origin else ""
     return f"{name} @ {url}{folder}"
@@ -159,3 +165,53 @@ def sources(module: str) -> list[Path]:
     if folders or spec is None:
         return [Path(folder).resolve() for folder in folders]
     return [Path(spec.origin).resolve()] if spec.has_location and spec.origin else []
+
+
+def _distribution_of(name: str) -> Any:
+    """Return the distribution of that name, or else of the module of that name; None without one.
+
+    `xgboost-cpu` brings the module of `xgboost`, too.
+    """
+    with suppress(metadata.PackageNotFoundError):
+        return metadata.distribution(name)
+    module = canonicalize_name(name).replace("-", "_")
+    others = metadata.packages_distributions().get(module)
+    return metadata.distribution(others[0]) if others else None
+
+
+def _project_settings(package: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return `[project]` and the settings of uv of a Kedro project; empty without its folder."""
+    spec = find_spec(package)
+    for folder in Path(spec.origin if spec and spec.origin else "").parents:
+        pyproject = _toml(folder / "pyproject.toml")
+        tools = pyproject.get("tool", {})
+        if tools.get("kedro", {}).get("package_name") == package:
+            # What is in uv.toml goes before, as it does for uv.
+            return pyproject.get("project", {}), _toml(folder / "uv.toml") or tools.get("uv", {})
+    return {}, {}
+
+
+def _toml(file: Path) -> dict[str, Any]:
+    return tomllib.loads(file.read_text("utf-8")) if file.is_file() else {}
+
+
+def indexes_of(package: str) -> list[str]:
+    """Return the options of pip for the package indexes of a project, without passwords."""
+    _, uv = _project_settings(package)
+    tables = [uv, uv.get("pip", {})]
+    main = [table["index-url"] for table in tables if "index-url" in table]
+    extra = [url for table in tables for url in table.get("extra-index-url", ())]
+    for index in uv.get("index", ()):
+        (main if index.get("default") else extra).append(index["url"])
+    options = [("--index-url", url) for url in main[:1]]
+    options += [("--extra-index-url", url) for url in extra]
+    lines = [f"{name} {_without_password(url)}" for name, url in options if url.startswith("http")]
+    return list(dict.fromkeys(lines))
+
+
+def _without_password(url: str) -> str:
+    """Return a URL without a password; ssh keeps the name before it, which is `git` mostly."""
+    parts = urlsplit(url)
+    user, at, host = parts.netloc.rpartition("@")
+    user = "" if parts.scheme.startswith("http") else user.partition(":")[0] + at
+    return parts._replace(netloc=user + host, query="").geturl()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from importlib import import_module
 from pkgutil import iter_modules
@@ -17,25 +16,6 @@ from ..config.errors import SettingError
 Flavors = Mapping[str, bool | Mapping[str, Any]]
 
 
-@dataclass(frozen=True)
-class SwitchedOn:
-    """A flavor that is on: with which options, and how it was before, as MLflow keeps that."""
-
-    autolog: Any
-    options: Mapping[str, Any]
-    before: Mapping[str, Any]
-
-    def switch_off(self) -> None:
-        """Restore the flavor as it was before."""
-        if self.before.get("disable", True):
-            self.autolog(disable=True)
-        else:  # the user has switched it on
-            taken = inspect.signature(self.autolog).parameters
-            self.autolog(**{name: self.before[name] for name in taken})
-        # Of what has been switched on or off by itself `mlflow.autolog()` keeps away.
-        _mlflow.autologging_configs()[self.autolog.integration_name] = dict(self.before)
-
-
 def switch_on(flavors: Flavors) -> None:
     """Call `mlflow.<flavor>.autolog(…)` for each flavor that is not on yet with these options.
 
@@ -46,11 +26,10 @@ def switch_on(flavors: Flavors) -> None:
     with held.lock:
         for name, given in flavors.items():
             options = {} if isinstance(given, bool) else dict(given)
-            now = held.autologging.get(name)
             # Not once more for each of several runs: it exchanges methods that others may be in.
-            if given is not False and (now is None or now.options != options):
-                flavor = _call_autolog(name, options)
-                held.autologging[name] = replace(flavor, before=now.before) if now else flavor
+            if given is not False and held.autologging.get(name) != options:
+                _call_autolog(name, options)
+                held.autologging[name] = options
 
 
 def switch_on_in_worker(flavors: Flavors) -> None:
@@ -63,11 +42,11 @@ def switch_on_in_worker(flavors: Flavors) -> None:
 
 
 def switch_off() -> None:
-    """Take back what `switch_on` did, when no run is in progress any more."""
+    """Switch off what `switch_on` has switched on, when no run is in progress any more."""
     held = state.current()
     with held.lock:
         while held.autologging:
-            held.autologging.popitem()[1].switch_off()
+            import_module(f"mlflow.{held.autologging.popitem()[0]}").autolog(disable=True)
 
 
 def keep_quiet() -> None:
@@ -84,7 +63,7 @@ def keep_quiet() -> None:
         mlflow.autolog(disable=True)
 
 
-def _call_autolog(name: str, options: Mapping[str, Any]) -> SwitchedOn:
+def _call_autolog(name: str, options: Mapping[str, Any]) -> None:
     import mlflow
 
     key = ("tracking", "autolog", name)
@@ -100,8 +79,6 @@ def _call_autolog(name: str, options: Mapping[str, Any]) -> SwitchedOn:
         if wrong := [option for option in options if option not in taken]:
             what = f"unknown option {wrong[0]!r}, expected one of {', '.join(taken)}"
             raise SettingError(key, what)
-        before = dict(_mlflow.autologging_configs().get(autolog.integration_name, {}))
         autolog(**options)
     except ImportError as error:
         raise SettingError(key, f"its library can't be imported: {error}") from error
-    return SwitchedOn(autolog, options, before)

@@ -92,10 +92,10 @@ class RunHandle:
         history = self.server.client.get_metric_history(self.run_id, key)
         return sorted(history, key=lambda metric: (metric.timestamp, metric.step))
 
-    def metric_keys(self) -> list[str]:
-        """Return the metrics that the run has."""
+    def metrics(self) -> dict[str, float]:
+        """Return the value of each metric, which is the last one at its highest step."""
         self.flush()
-        return list(self.server.client.get_run(self.run_id).data.metrics)
+        return dict(self.server.client.get_run(self.run_id).data.metrics)
 
     def last_step(self, key: str) -> int | None:
         """Return the highest step of a metric, asking the server only about what it can't know."""

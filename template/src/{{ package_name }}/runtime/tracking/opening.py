@@ -138,7 +138,9 @@ def _open(
     prepare(server.tracking_uri, options.experiment.create_experiment_kwargs.artifact_location)
     server.use()
     if options.run.id and not active:
-        return handle_of(server, _continued(server, options.run.id)), tags
+        run = _existing(server, options.run.id, ("tracking", "run", "id"))
+        server.client.update_run(options.run.id, status="RUNNING")
+        return handle_of(server, run), tags
     if active and options.run.nested:  # a node starts a Kedro run of its own
         tags["mlflow.parentRunId"] = active.info.run_id
     experiment = experiment_id(server, options.experiment)
@@ -150,43 +152,36 @@ def _attach(
     server: Server, run_id: str, tags: Mapping[str, str]
 ) -> tuple[RunHandle, Mapping[str, str]]:
     run = _existing(server, run_id)
-    if run is None:
-        raise ConfigError(f"MLFLOW_RUN_ID: {_no_run(server, run_id)}")
     # User, source and process of somebody else's run stay theirs.
     of_owner = {*run.data.tags, "host", "pid", "process_start"}
     unset = {k: v for k, v in tags.items() if k not in of_owner and not k.startswith("mlflow.")}
     return handle_of(server, run, attached=True), unset
 
 
-def _continued(server: Server, run_id: str) -> Run:
-    run = _existing(server, run_id)
-    if run is None:
-        raise SettingError(("tracking", "run", "id"), _no_run(server, run_id))
-    server.client.update_run(run_id, status="RUNNING")
-    return run
+def _existing(server: Server, run_id: str, key: tuple[str, ...] = ()) -> Run:
+    """Return a run to go on with.
 
-
-def _existing(server: Server, run_id: str) -> Run | None:
+    Raises:
+        SettingError: When it isn't there, and the key of mlflow.yml names it.
+        ConfigError: When it isn't there, and `MLFLOW_RUN_ID` names it.
+    """
     from mlflow.exceptions import MlflowException
 
     try:
         run = find_run(server, run_id)
+        if run.info.lifecycle_stage == "active":
+            return run
     except MlflowException as error:
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise
-        return None
-    return run if run.info.lifecycle_stage == "active" else None
-
-
-def _no_run(server: Server, run_id: str) -> str:
-    """Return the sentence for a run to continue that isn't there."""
+    where = shown_uri(server.tracking_uri)
+    what = f"expected the id of a run on {where} that is not deleted, got {run_id!r}"
     if server.replayed_to:
-        return (
+        what = (
             "with tracking.on_unreachable: offline a run of the server can't be continued: "
             f"expected no id, or on_unreachable: fail, got {run_id!r}"
         )
-    where = shown_uri(server.tracking_uri)
-    return f"expected the id of a run on {where} that is not deleted, got {run_id!r}"
+    raise SettingError(key, what) if key else ConfigError(f"MLFLOW_RUN_ID: {what}")
 
 
 def _server_of_environment(server: Server, project_path: Path) -> Server:

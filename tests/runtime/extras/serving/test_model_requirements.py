@@ -1,4 +1,4 @@
-"""What models require: what their flavor does, from the indexes of the project."""
+"""What a model requires, from the indexes of the project."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from typing import Any
 import mlflow.pyfunc
 import pytest
 
-from runtime.datasets.requirements import with_requirements
+from runtime.datasets.flavors import with_requirements
+from runtime.serving.requirements import indexes_of
 
-from ...support.pyprojects import pyproject_of_shop
+from ....support.pyprojects import pyproject_of_shop
 
 CLOUDPICKLE = f"cloudpickle=={version('cloudpickle')}"
 
@@ -26,7 +27,7 @@ def described(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str]
 
 def listed(more: list[str], **arguments: Any) -> dict[str, Any]:
     """Give the arguments of log_model for a pyfunc model of the project `shop`."""
-    found = with_requirements(mlflow.pyfunc, None, arguments, more, "shop")
+    found = with_requirements(mlflow.pyfunc, None, arguments, more, indexes_of("shop"))
     assert not Path(found.pop("uv_project_path", "nowhere"), "uv.lock").exists()
     return found
 
