@@ -106,8 +106,8 @@ def test_what_is_wrong_with_a_postgresql_is_told_without_its_password(
     away = f"postgresql+psycopg2://{USER}:{PASSWORD}@127.0.0.1:{free_port()}/postgres"
     undriven = "postgresql+pg8000://db.invalid/postgres"
     sentences = {
-        absent: '{} can\'t be used (FATAL:  database "absent" does not exist): see to the database, '
-        "or correct the address",
+        absent: '{} can\'t be used (FATAL:  database "absent" does not exist): see to the '
+        "database, or correct the address",
         away: "{} can't be used (Connection refused): see to the database, or correct the address",
         undriven: "{} needs a package that isn't installed: uv add 'pg8000'",
     }
