@@ -140,8 +140,8 @@ def open_run(
         options: What that command has besides what was typed for `kedro run`.
 
     Raises:
-        ConfigError: When a parameter is too long and `long_params_strategy` is `fail`, or a setting
-            names what isn't there.
+        ConfigError: When a parameter is too long and `long_params_strategy` is `fail`, a setting
+            names what isn't there, or a hook of an extra is missing.
     """
     config = _config_of(context)
     for name in pipeline.datasets():
@@ -157,7 +157,7 @@ def open_run(
     tags = provenance.run_tags(run_params, context.project_path, secrets, command, options)
     logged, long = params.of_pipeline(pipeline, catalog, config.tracking.params, secrets)
     try:
-        check_hooks(config, project.settings.HOOKS)
+        check_hooks(config, pipeline, project.settings.HOOKS)
         run = start(
             store.server,
             config.tracking.model_copy(update={"experiment": store.experiment}),
