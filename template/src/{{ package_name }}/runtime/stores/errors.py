@@ -35,64 +35,6 @@ ENTRY = "the entry of credentials.yml that server.credentials names"
 
 ANSWERED = "{where} answered {status} ({meaning})"
 
-
-class _Row(NamedTuple):
-    """A kind of failure, the key of mlflow.yml that it is about, and its sentence.
-
-    A `{name}` in the sentence is an attribute of `_Failure`.
-    """
-
-    applies: Callable[[_Failure], object]
-    key: tuple[str, ...]
-    sentence: str
-
-
-_REFUSED_LOGIN = "password authentication|no password|pg_hba|role .* does not exist|Access denied"
-
-# Of the rows for a server, and of those for a database, the first one that applies counts.
-# fmt: off
-_SERVER = (
-    _Row(lambda f: f.certificate_error, CREDENTIALS,
-         "the certificate of {where} isn't trusted ({message}): name the file of the CA that has "
-         f"signed it in {CERTIFICATE}, in {ENTRY}"),
-    _Row(lambda f: f.matches(r"CA certificate bundle|\[X509|PEM lib"), CREDENTIALS,
-         f"the file that {CERTIFICATE} names is not there or has no certificates (PEM): correct "
-         f"it in {ENTRY}"),
-    _Row(lambda f: f.is_unanswered, ADDRESS,
-         "{where} can't be reached ({reason}): start the server, or correct the address (http or "
-         "https, host, port)"),
-    _Row(lambda f: f.status == 403 and f.matches("Invalid Host header"), ADDRESS,
-         "{where} refuses this name of it: add the name to the server's --allowed-hosts"),
-    _Row(lambda f: f.is_login and f.sent, CREDENTIALS,
-         f"{ANSWERED} to {{sent}}: correct it in {ENTRY}; a server takes {USER} and {PASSWORD}, or "
-         f"{TOKEN}"),
-    _Row(lambda f: f.is_login and f.providers, PROVIDER,
-         f"{ANSWERED} to the headers of {{providers}}: see that they have a token that holds"),
-    _Row(lambda f: f.is_login, CREDENTIALS,
-         f"{ANSWERED}, and no user or token was sent: add {USER} and {PASSWORD}, or {TOKEN}, to an "
-         "entry of credentials.yml, and name the entry in server.credentials"),
-    # Of MLflow's own answers only those that say that the server can't.
-    _Row(lambda f: f.code in ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE"), ADDRESS,
-         "{where} answered: {message} (see the server's log)"),
-    _Row(lambda f: f.matches("not in a valid JSON format") or (f.status == 404 and not f.code),
-         ADDRESS,
-         "{where} doesn't answer as an MLflow server of version 3 or newer: correct the address, "
-         "with the path that it is served under, if any"),
-    _Row(lambda f: f.status and not f.code, ADDRESS,
-         "{where} answered {status}: see the server's log"),
-)
-
-_DATABASE = (
-    _Row(lambda f: f.package, ADDRESS,
-         "{where} needs a package that isn't installed: uv add '{package}'"),
-    _Row(lambda f: f.is_of_database and f.matches(_REFUSED_LOGIN), CREDENTIALS,
-         "{where} refuses the login ({message}): correct the user in the address, and PGPASSWORD "
-         f"in {ENTRY}"),
-    _Row(lambda f: f.is_of_database, ADDRESS,
-         "{where} can't be used ({message}): see to the database, or correct the address"),
-)
-# fmt: on
-
 # The package to install for a module that a database's URI asks for, where their names differ.
 _DRIVERS = {"psycopg": "psycopg[binary]", "psycopg2": "psycopg2-binary", "MySQLdb": "mysqlclient"}
 
@@ -153,6 +95,64 @@ def _place(uri: str) -> str:
     proxy = select_proxy(shown, get_environ_proxies(shown)) if is_http(uri) else None
     through = f" (through the proxy {shown_uri(proxy)}, but for hosts in NO_PROXY)" if proxy else ""
     return f"{shown}{from_environment}{through}"
+
+
+class _Row(NamedTuple):
+    """A kind of failure, the key of mlflow.yml that it is about, and its sentence.
+
+    A `{name}` in the sentence is an attribute of `_Failure`.
+    """
+
+    applies: Callable[[_Failure], object]
+    key: tuple[str, ...]
+    sentence: str
+
+
+_REFUSED_LOGIN = "password authentication|no password|pg_hba|role .* does not exist|Access denied"
+
+# Of the rows for a server, and of those for a database, the first one that applies counts.
+# fmt: off
+_SERVER = (
+    _Row(lambda f: f.certificate_error, CREDENTIALS,
+         "the certificate of {where} isn't trusted ({message}): name the file of the CA that has "
+         f"signed it in {CERTIFICATE}, in {ENTRY}"),
+    _Row(lambda f: f.matches(r"CA certificate bundle|\[X509|PEM lib"), CREDENTIALS,
+         f"the file that {CERTIFICATE} names is not there or has no certificates (PEM): correct "
+         f"it in {ENTRY}"),
+    _Row(lambda f: f.is_unanswered, ADDRESS,
+         "{where} can't be reached ({reason}): start the server, or correct the address (http or "
+         "https, host, port)"),
+    _Row(lambda f: f.status == 403 and f.matches("Invalid Host header"), ADDRESS,
+         "{where} refuses this name of it: add the name to the server's --allowed-hosts"),
+    _Row(lambda f: f.is_login and f.sent, CREDENTIALS,
+         f"{ANSWERED} to {{sent}}: correct it in {ENTRY}; a server takes {USER} and {PASSWORD}, or "
+         f"{TOKEN}"),
+    _Row(lambda f: f.is_login and f.providers, PROVIDER,
+         f"{ANSWERED} to the headers of {{providers}}: see that they have a token that holds"),
+    _Row(lambda f: f.is_login, CREDENTIALS,
+         f"{ANSWERED}, and no user or token was sent: add {USER} and {PASSWORD}, or {TOKEN}, to an "
+         "entry of credentials.yml, and name the entry in server.credentials"),
+    # Of MLflow's own answers only those that say that the server can't.
+    _Row(lambda f: f.code in ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE"), ADDRESS,
+         "{where} answered: {message} (see the server's log)"),
+    _Row(lambda f: f.matches("not in a valid JSON format") or (f.status == 404 and not f.code),
+         ADDRESS,
+         "{where} doesn't answer as an MLflow server of version 3 or newer: correct the address, "
+         "with the path that it is served under, if any"),
+    _Row(lambda f: f.status and not f.code, ADDRESS,
+         "{where} answered {status}: see the server's log"),
+)
+
+_DATABASE = (
+    _Row(lambda f: f.package, ADDRESS,
+         "{where} needs a package that isn't installed: uv add '{package}'"),
+    _Row(lambda f: f.is_of_database and f.matches(_REFUSED_LOGIN), CREDENTIALS,
+         "{where} refuses the login ({message}): correct the user in the address, and PGPASSWORD "
+         f"in {ENTRY}"),
+    _Row(lambda f: f.is_of_database, ADDRESS,
+         "{where} can't be used ({message}): see to the database, or correct the address"),
+)
+# fmt: on
 
 
 @contextmanager
