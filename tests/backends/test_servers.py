@@ -139,7 +139,7 @@ def test_an_address_where_no_server_is_is_told_without_the_password_in_it(
             shown = address.replace(f"ada:{SECRET}", "***")
             assert re.fullmatch(
                 rf"conf/local/mlflow.yml:2: server.mlflow_tracking_uri: {re.escape(shown)} "
-                rf"can't be reached \({reason}\): start the server, or correct the address \(.*\)",
+                rf"can't be reached \({reason}\): start the server, or correct the address .*",
                 told,
             )
 

@@ -33,7 +33,13 @@ TOKEN, CERTIFICATE = "MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_SERVER_CERT_PATH"
 # Where credentials are: mlflow.yml names an entry of credentials.yml.
 ENTRY = "the entry of credentials.yml that server.credentials names"
 
+# Recurring parts of sentences.
 ANSWERED = "{where} answered {status} ({meaning})"
+NO_ANSWER = "no answer in time"
+UNREACHED = (
+    "{where} can't be reached ({reason}): start the server, or correct the address (http or "
+    "https, host, port)"
+)
 
 # The package to install for a module that a database's URI asks for, where their names differ.
 _DRIVERS = {"psycopg": "psycopg[binary]", "psycopg2": "psycopg2-binary", "MySQLdb": "mysqlclient"}
@@ -119,9 +125,9 @@ _SERVER = (
     _Row(lambda f: f.matches(r"CA certificate bundle|\[X509|PEM lib"), CREDENTIALS,
          f"the file that {CERTIFICATE} names is not there or has no certificates (PEM): correct "
          f"it in {ENTRY}"),
-    _Row(lambda f: f.is_unanswered, ADDRESS,
-         "{where} can't be reached ({reason}): start the server, or correct the address (http or "
-         "https, host, port)"),
+    _Row(lambda f: f.is_unanswered and f.reason == NO_ANSWER, ADDRESS,
+         f"{UNREACHED}, or raise MLFLOW_HTTP_REQUEST_TIMEOUT"),
+    _Row(lambda f: f.is_unanswered, ADDRESS, UNREACHED),
     _Row(lambda f: f.status == 403 and f.matches("Invalid Host header"), ADDRESS,
          "{where} refuses this name of it: add the name to the server's --allowed-hosts"),
     _Row(lambda f: f.is_login and f.sent, CREDENTIALS,
@@ -285,8 +291,8 @@ def reason_of(error: BaseException) -> str:
         ConnectionRefusedError: "connection refused",
         gaierror: "its name isn't known",
         SSLError: f"no connection over TLS: {message}",
-        TimeoutError: "no answer in time",
-        Timeout: "no answer in time",
+        TimeoutError: NO_ANSWER,
+        Timeout: NO_ANSWER,
         NoConnection: "the connection was closed",
         ChunkedEncodingError: "the connection was closed",
     }
