@@ -108,9 +108,9 @@ def test_what_is_wrong_with_a_postgresql_is_told_without_its_password(
     away = f"postgresql+psycopg2://{USER}:{PASSWORD}@127.0.0.1:{free_port()}/postgres"
     undriven = "postgresql+pg8000://db.invalid/postgres"
     sentences = {
-        absent: '{} isn\'t there (FATAL:  database "absent" does not exist): create the database, '
-        "or correct its name in the address",
-        away: "{} can't be used (Connection refused): start the database, or correct the address",
+        absent: '{} can\'t be used (FATAL:  database "absent" does not exist): see to the '
+        "database, or correct the address",
+        away: "{} can't be used (Connection refused): see to the database, or correct the address",
         undriven: "{} needs a package that isn't installed: uv add 'pg8000'",
     }
     for uri, sentence in sentences.items():
@@ -125,7 +125,7 @@ def test_what_is_wrong_with_a_sqlite_file_is_told(project: Project) -> None:
     uri = f"sqlite:///{project.path.as_posix()}/text.db"
     set_up(project, uri)
 
-    what = "can't be used (file is not a database): see to the file and its folder, or name another"
+    what = "can't be used (file is not a database): see to the database, or correct the address"
     assert refused(project) == f"{ADDRESS}: {uri} {what}"
 
 

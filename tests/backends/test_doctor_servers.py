@@ -84,7 +84,7 @@ def test_a_postgresql_that_is_away_is_told(project: Project) -> None:
     found, advice, shown = examined(project)
 
     assert found == only("server", EMBEDDED)
-    assert "start the database, or correct the address" in advice
+    assert "see to the database, or correct the address" in advice
     assert SECRET not in shown
 
 
@@ -176,8 +176,8 @@ def test_a_storage_that_does_not_open_is_told(
 
     assert found == only("artifacts", EMBEDDED)
     assert re.search(
-        rf"^Artifacts can't be stored in s3://locked/runs/\S+: {said}. Correct {KEY}, .* in "
-        f"{ENTRY}.$",
+        rf"^Artifacts can't be stored in s3://locked/runs/\S+: .*{said}.* See to the bucket, and "
+        f"to {KEY}, .* in {ENTRY}. An experiment keeps its place: .*$",
         advice,
     )
     assert project.all_runs() == []

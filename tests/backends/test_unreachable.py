@@ -113,7 +113,7 @@ def test_a_run_whose_server_has_no_such_name_says_so_before_it_begins(
 
     sentence = refused(everything.fill(new_project(), uri, on_unreachable=None))
 
-    assert f"the host of {uri} isn't known: correct the address" in sentence
+    assert f"{uri} can't be reached (its name isn't known): start the server" in sentence
 
 
 @pytest.mark.parametrize(

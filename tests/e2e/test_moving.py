@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
@@ -168,7 +167,7 @@ def test_the_example_logs_the_same_with_kedro_mlflow_and_after_moving_as_the_gui
     run_all(project, shell)
     past = runs_of(project)
     predicted = prediction(project, shell)
-    remove, copy, add, change_paths, init, _ = commands(MOVING, clone)
+    remove, copy, add, change_paths, _ = commands(MOVING, clone)
     (error,) = re.findall(r"^```text\n(Error: .*)\n```$", MOVING, re.MULTILINE)
 
     shell(copy, project)
@@ -193,12 +192,6 @@ def test_the_example_logs_the_same_with_kedro_mlflow_and_after_moving_as_the_gui
     first = PREDICT.replace("latest", "1")
     refused = shell(f"uv run python -c '{first}'", project, status=1, **address(project))
     assert "No module named 'kedro_mlflow'" in refused
-    # All keys, with the values that stood there.
-    shell(init, project)
-    config = yaml.safe_load((project / "conf/base/mlflow.yml").read_text())
-    assert config["server"]["mlflow_tracking_uri"] == address(project)["MLFLOW_TRACKING_URI"]
-    assert config["tracking"]["params"]["dict_params"]["flatten"] is True
-    assert config["tracking"]["on_unreachable"] == "fail"
 
 
 def test_every_path_of_the_guides_table_is_changed_by_its_command(

@@ -149,7 +149,7 @@ def test_a_run_without_its_server_is_sent_later_with(
 
     run("kedro run")
     run("kedro run --runner=greeting.runner.DaskRunner")
-    assert "nothing listens" in run("kedro mlflow runs", status=1)
+    assert "connection refused" in run("kedro mlflow runs", status=1)
     waiting = run("kedro mlflow sync --dry-run")
     assert len(re.findall("__default__", waiting)) == 2
 

@@ -37,6 +37,8 @@ from mlflow.utils.autologging_utils import metrics_queue
 from sqlalchemy import create_engine
 
 from runtime import _kedro, _mlflow
+from runtime.offline import _mlflow as mlflow_of_offline
+from runtime.serving import _kedro as kedro_of_serving
 from runtime.stores.embedded import part_when_forked
 
 from ..conftest import REPOSITORY
@@ -338,7 +340,7 @@ def test_write_trace(store: MlflowClient, tmp_path: Path, empty_store: Path) -> 
     info = replace(trace.info, trace_location=TraceLocation.from_experiment_id(there))
 
     for _ in range(2):
-        _mlflow.write_trace(uri, info, trace)
+        mlflow_of_offline.write_trace(uri, info, trace)
 
     (written,) = other.search_traces(locations=[there])
     assert written.info.trace_id == trace.info.trace_id
@@ -352,7 +354,7 @@ def test_delete_for_good(store: MlflowClient) -> None:
     runs = [store.create_run(experiment).info.run_id for _ in range(2)]
     models = [store.create_logged_model(experiment, source_run_id=run).model_id for run in runs]
 
-    _mlflow.delete_for_good(store.tracking_uri, runs[:1], models[:1])
+    mlflow_of_offline.delete_for_good(store.tracking_uri, runs[:1], models[:1])
 
     left = store.search_runs([experiment], run_view_type=ViewType.ALL)
     assert [run.info.run_id for run in left] == runs[1:]
@@ -363,15 +365,15 @@ def test_without_confirms() -> None:
     node = Node(in_a_process, {"code": "a"}, None, name="it", confirms="a")
 
     assert hasattr(Node, "_copy"), "Kedro's Node has no _copy: how is one made without `confirms`?"
-    assert _kedro.without_confirms(node).confirms == []
-    assert str(_kedro.without_confirms(node)) == str(node)
+    assert kedro_of_serving.without_confirms(node).confirms == []
+    assert str(kedro_of_serving.without_confirms(node)) == str(node)
 
 
 def test_keep_hooks_out() -> None:
     name = "_run_node_synchronization"
     assert hasattr(Task, name), f"Kedro's Task has no {name}: where do its workers get hooks?"
     in_a_process(  # nothing takes it back
-        "from kedro.runner.task import Task\nfrom runtime._kedro import keep_hooks_out\n"
+        "from kedro.runner.task import Task\nfrom runtime.serving._kedro import keep_hooks_out\n"
         "keep_hooks_out()\n"
         "assert not Task._run_node_synchronization('a', {}).hook.before_node_run(node=1)"
     )

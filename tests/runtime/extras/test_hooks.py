@@ -145,8 +145,9 @@ def test_modelify_needs_the_server_where_runs_are_kept_on_disk(
 
     assert ended.status == 1
     assert ended.err == (
-        "Error: conf/local/mlflow.yml:1: server.mlflow_tracking_uri: nothing listens at "
-        f"http://127.0.0.1:{port} (connection refused): start the server, or correct the address\n"
+        "Error: conf/local/mlflow.yml:1: server.mlflow_tracking_uri: "
+        f"http://127.0.0.1:{port} can't be reached (connection refused): start the server, or "
+        "correct the address (http or https, host, port)\n"
     )
     assert not (project.path / ".mlflow-offline").exists()
 

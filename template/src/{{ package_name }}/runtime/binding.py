@@ -53,6 +53,9 @@ ENTRY = "mlflow:run"
 # The entry that `keep_run_in` leaves for `open_run`.
 STORE = "mlflow:store"
 
+# The attribute of an error that has been reported: the opening of the run that it is reported to.
+_REPORTED = "reported_to_mlflow_run"
+
 # The context whose pipeline this thread is about to run. Kedro gives `before_pipeline_run` no
 # context, and a service session shares hooks between threads.
 _context: ContextVar[KedroContext] = ContextVar("kedro_context")
@@ -96,8 +99,8 @@ def keep_run_in(
 ) -> None:
     """Open the run of a catalog in another store than the one that mlflow.yml names.
 
-    For a hook whose `before_pipeline_run` is a wrapper with `tryfirst`, so that it is called before
-    the run is opened, wherever it stands in `HOOKS`.
+    For a hook whose `before_pipeline_run` is a wrapper with `tryfirst`: it is called before the run
+    is opened, wherever it stands in `HOOKS`.
 
     Args:
         catalog: The catalog of the Kedro run.
@@ -137,34 +140,31 @@ def open_run(
         options: What that command has besides what was typed for `kedro run`.
 
     Raises:
-        ConfigError: When a parameter is too long and `long_params_strategy` is `fail`, or a setting
-            names what isn't there.
+        ConfigError: When a parameter is too long and `long_params_strategy` is `fail`, a setting
+            names what isn't there, or a hook of an extra is missing.
     """
     config = _config_of(context)
     for name in pipeline.datasets():
         catalog.get(name)  # one that can't be made fails here, before there is a run
     secrets, variables = secrets_of(context), read_credentials(context)
     stores.project.register_header_provider(context)
-    server, tracked_as = config.server.connection, config.tracking
+    store = RunStore(config.server.connection, config.tracking.experiment, {})
     if STORE in list(catalog):
-        store: RunStore = catalog[STORE].load()
-        server = store.server
-        tracked_as = tracked_as.model_copy(update={"experiment": store.experiment})
-        unset = {key: text for key, text in store.variables.items() if key not in os.environ}
-        variables = {**unset, **variables}
+        store = catalog[STORE].load()
+    unset = {key: text for key, text in store.variables.items() if key not in os.environ}
     run_params = provenance.in_typed_order(run_params)
     name = config.tracking.run.name or "+".join(provenance.pipeline_names(run_params))
     tags = provenance.run_tags(run_params, context.project_path, secrets, command, options)
     logged, long = params.of_pipeline(pipeline, catalog, config.tracking.params, secrets)
     try:
-        check_hooks(config, project.settings.HOOKS)
+        check_hooks(config, pipeline, project.settings.HOOKS)
         run = start(
-            server,
-            tracked_as,
+            store.server,
+            config.tracking.model_copy(update={"experiment": store.experiment}),
             name=secrets.hide_in(name),
             params=logged,
             tags={**tags, **long},
-            variables=variables,
+            variables={**unset, **variables},
             project_path=context.project_path,
         )
     except SettingError as error:
@@ -255,15 +255,13 @@ def bind(
     catalog[ENTRY] = MemoryDataset(binding, copy_mode="assign")
     generators = [node for node in pipeline.nodes if isgeneratorfunction(node.func)]
     in_chunks = {name for node in generators for name in node.outputs}
-    saved = pipeline.all_outputs()
+    saved = [datasets.get(name) for name in pipeline.all_outputs()]
     try:
         for name, dataset in datasets.items():
             if isinstance(dataset, TrackedDataset):
                 dataset.in_chunks = name in in_chunks
                 dataset.bind(_server_of(context, run), run, name)
-        if run and any(
-            isinstance(datasets.get(name), MlflowModelTrackingDataset) for name in saved
-        ):
+        if run and any(isinstance(dataset, MlflowModelTrackingDataset) for dataset in saved):
             refuse_old_server(context, run)
     except BaseException as error:  # a dataset may look at its place, which may not be reachable
         fail(catalog, error)
@@ -304,8 +302,7 @@ def in_worker(catalog: DataCatalog) -> Iterator[None]:
 
     The credentials of the run are in the environment for so long, and nothing of it stays.
     """
-    binding = _binding_of(catalog)
-    run = binding.run if binding else None
+    binding, run = _binding_of(catalog), run_of(catalog)
     with credentials.exporting(binding.variables if binding else {}):
         try:
             yield
@@ -336,12 +333,12 @@ def log_output(catalog: DataCatalog, name: str, data: Any, *, in_chunks: bool = 
     What is saved in chunks is logged when the run ends, unless this is a worker, which doesn't
     know when that is.
     """
-    binding = _binding_of(catalog)
-    if not (binding and binding.run and outputs.is_wanted(name, binding.outputs)):
+    binding, run = _binding_of(catalog), run_of(catalog)
+    if not (binding and run and outputs.is_wanted(name, binding.outputs)):
         return
-    log = partial(outputs.log_output, binding.run, name, catalog[name], data)
-    if in_chunks and binding.run.is_ours:
-        binding.run.before_end(log, key=name)
+    log = partial(outputs.log_output, run, name, catalog[name], data)
+    if in_chunks and run.is_ours:
+        run.before_end(log, key=name)
     else:
         log()
 
@@ -351,23 +348,15 @@ def report(catalog: DataCatalog, error: BaseException, node: str | None = None) 
 
     A worker does so too, because an error may not survive its way to the main process.
     """
-    binding = _binding_of(catalog)
-    run = binding.run if binding else None
+    binding, run = _binding_of(catalog), run_of(catalog)
     if binding is None or run is None or getattr(error, _REPORTED, None) == run.opening:
         return
     with suppress(AttributeError):  # an exception with slots is reported twice
         setattr(error, _REPORTED, run.opening)
-    lines = traceback.format_exception(type(error), error, error.__traceback__)
-    error = artifact_error_in(error) or error
+    hidden, lines = binding.secrets.hide_in, "".join(traceback.format_exception(error))
+    cause = artifact_error_in(error) or error
     with _warning_of_failures():
-        run.report_error(
-            binding.secrets.hide_in(f"{type(error).__name__}: {error}"),
-            binding.secrets.hide_in("".join(lines)),
-            node,
-        )
-
-
-_REPORTED = "reported_to_mlflow_run"
+        run.report_error(hidden(f"{type(cause).__name__}: {cause}"), hidden(lines), node)
 
 
 def fail(catalog: DataCatalog, error: BaseException) -> None:

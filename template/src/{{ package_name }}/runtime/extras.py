@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from .config.errors import SettingError
+from .config.errors import ConfigError, SettingError
 
 
 @dataclass(frozen=True)
@@ -85,13 +85,16 @@ def hint(extra: str, asked_for: str) -> str:
     return f"{asked_for} comes with the extra `{extra}`: `{command}`"
 
 
-def check_hooks(config: Any, hooks: Iterable[object]) -> None:
-    """Check that the extras which mlflow.yml asks for are there, with their hooks.
+def check_hooks(config: Any, pipeline: Any, hooks: Iterable[object]) -> None:
+    """Check that the extras which mlflow.yml and the pipeline ask for are there, with their hooks.
+
+    A pipeline names its hook in the attribute `needed_hook`.
 
     Raises:
-        SettingError: When one isn't, saying how to get it.
+        SettingError: When that of mlflow.yml isn't there, saying how to get it.
+        ConfigError: When that of the pipeline isn't there.
     """
-    classes = {type(hook).__name__ for hook in hooks}
+    classes = [type(hook).__name__ for hook in hooks]
     for name, extra in EXTRAS.items():
         for key, value in extra.values.items():
             if reduce(getattr, key, config) == value and extra.hook not in classes:
@@ -99,6 +102,12 @@ def check_hooks(config: Any, hooks: Iterable[object]) -> None:
                     raise SettingError(key, hint(name, value))
                 what = f"{value} needs the hook of an extra: add {extra.hook}() to HOOKS"
                 raise SettingError(key, f"{what} in settings.py")
+    needed = getattr(pipeline, "needed_hook", None)
+    if needed and needed not in classes:
+        raise ConfigError(
+            f"settings.py: HOOKS: expected {needed}() beside MlflowHook(), because this pipeline "
+            f"is a {type(pipeline).__name__}, got {', '.join(classes)}"
+        )
 
 
 def public_names() -> dict[str, str]:

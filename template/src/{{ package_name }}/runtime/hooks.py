@@ -59,7 +59,6 @@ class MlflowHook:
         """Open the run with all parameters and tags, and bind it to the run's catalog."""
         context, run = binding.context_of_run(), None
         if binding.is_tracked(context, run_params):
-            _check_needed_hook(pipeline)
             run = binding.open_run(context, run_params, pipeline, catalog)
         else:
             binding.prepare_untracked(context, catalog)
@@ -152,23 +151,6 @@ def _refuse_kedro_mlflow() -> None:
         raise ConfigError(
             "kedro-mlflow is installed, and would track every run a second time: uninstall it, or "
             'write DISABLE_HOOKS_FOR_PLUGINS = ("kedro_mlflow",) into settings.py.'
-        )
-
-
-def _check_needed_hook(pipeline: Pipeline) -> None:
-    """Check that the hook is registered which a pipeline names in its attribute `needed_hook`.
-
-    Raises:
-        ConfigError: When it isn't.
-    """
-    from kedro.framework.project import settings  # its import sets up Kedro's logging
-
-    hooks = [type(hook).__name__ for hook in settings.HOOKS]
-    needed = getattr(pipeline, "needed_hook", None)
-    if needed and needed not in hooks:
-        raise ConfigError(
-            f"settings.py: HOOKS: expected {needed}() beside MlflowHook(), because this pipeline "
-            f"is a {type(pipeline).__name__}, got {', '.join(hooks)}"
         )
 
 

@@ -326,8 +326,8 @@ def test_a_server_where_nothing_listens_is_told(project: Project, mlflow_command
 
     assert oks(ended) == only("server", SERVED)
     assert advice(ended) == (
-        f"conf/local/mlflow.yml:2: server.mlflow_tracking_uri: nothing listens at {uri} "
-        "(connection refused): start the server, or correct the address"
+        f"conf/local/mlflow.yml:2: server.mlflow_tracking_uri: {uri} can't be reached "
+        "(connection refused): start the server, or correct the address (http or https, host, port)"
     )
 
 
@@ -359,7 +359,7 @@ def test_a_server_that_never_answers_is_asked_once_and_for_seconds(
 
         assert len(taken) == 1
     assert oks(ended) == only("server", SERVED)
-    assert f"{uri} gave no answer in time" in advice(ended)
+    assert f"{uri} can't be reached (no answer in time)" in advice(ended)
 
 
 def test_a_server_is_given_the_time_and_the_tries_that_the_user_has_set(
@@ -413,7 +413,7 @@ def says(path: str, status: int, text: str) -> Refusal:
             200,
             "<html>",
             only("experiment", SERVED),
-            "{} answered with a page and not as an MLflow server does: correct the address",
+            "{} doesn't answer as an MLflow server of version 3 or newer: correct the address",
         ),
         (
             "/runs/create",

@@ -560,8 +560,8 @@ def test_a_server_that_is_away_is_told_without_its_password(
     ended = mlflow_command(project, "runs")
 
     assert ended.refusal == (
-        f"conf/local/mlflow.yml:1: server.mlflow_tracking_uri: nothing listens at "
-        f"http://***@127.0.0.1:{port} (connection refused): start the server, or correct the "
-        "address"
+        f"conf/local/mlflow.yml:1: server.mlflow_tracking_uri: "
+        f"http://***@127.0.0.1:{port} can't be reached (connection refused): start the server, or "
+        "correct the address (http or https, host, port)"
     )
     assert "t0ps3cr3t" not in ended.err

@@ -6,7 +6,6 @@ The commented file and the JSON Schema that projects carry are made from these m
 from __future__ import annotations
 
 import json
-import re
 import textwrap
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
@@ -215,9 +214,7 @@ def commented_yaml(
         written: What to write instead of the default, by dotted key.
         schema: Path of the JSON Schema from the file, for editors.
     """
-    written = written or {}
-    helpers = [f"{name}: {text}" for name, text in written.items() if re.fullmatch(r"_[^.]*", name)]
-    lines = [*helpers, *_lines(MlflowConfig(), written)]
+    lines = _lines(MlflowConfig(), written or {})
     return f"# yaml-language-server: $schema={schema}\n{_ABOUT}\n" + "".join(
         f"{line}\n" if line.startswith(" ") else f"\n{line}\n" for line in lines
     )
@@ -226,22 +223,18 @@ def commented_yaml(
 def _lines(options: _Options, written: Mapping[str, str], path: str = "") -> Iterator[str]:
     """Return the lines of a group, without an indent of its own."""
     for name, field in type(options).model_fields.items():
-        value, text = getattr(options, name), written.get(path + name, "")
+        value = getattr(options, name)
         if isinstance(value, _Options):
-            if text.startswith('"${'):  # a whole group from elsewhere
-                yield f"{name}: {text}"
-            else:
-                yield f"{name}:"
-                yield from (f"  {line}" for line in _lines(value, written, f"{path}{name}."))
+            yield f"{name}:"
+            yield from (f"  {line}" for line in _lines(value, written, f"{path}{name}."))
             continue
         about = textwrap.wrap(field.description or "", 90, break_on_hyphens=False)
         yield from (f"# {line}" for line in about)
-        default = json.dumps(value)
-        if value and isinstance(value, list) and text in ("", default):
+        if value and isinstance(value, list):
             yield f"{name}:"
             yield from (f"  - {json.dumps(item)}" for item in value)
         else:
-            yield f"{name}: {text or default}"
+            yield f"{name}: {written.get(path + name) or json.dumps(value)}"
 
 
 def json_schema() -> dict[str, Any]:

@@ -13,10 +13,11 @@ import click
 from kedro.framework.cli.utils import env_option
 from kedro.framework.startup import ProjectMetadata
 
-from ..cli.session import IMPATIENT, opened, with_credentials, with_explained_errors
+from ..cli.session import opened, with_credentials
 from .doctor import examine, show_findings
 from .runs import differences, find_run, read_details, read_latest, run_as_json
 from .showing import new_console, show_details, show_differences, show_latest
+from .store import IMPATIENT, with_explained_errors
 
 
 @click.command()

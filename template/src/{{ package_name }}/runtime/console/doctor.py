@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..binding import secrets_of
-from ..cli.session import IMPATIENT, with_credentials, with_explained_errors
+from ..cli.session import with_credentials
 from ..config.errors import ConfigError, SettingError
 from ..config.loading import mistake
 from ..config.uris import is_database, is_http, shown_uri, sqlite_file
@@ -34,7 +34,7 @@ from ..stores.server import Server, checked, experiment_id
 from ..tracking.ending import MARKERS, end_killed
 from ..tracking.process import Process, orphans, this_process, unmark
 from .showing import count, duration_in_words
-from .store import Schema, local_path, read_schema
+from .store import IMPATIENT, Schema, local_path, read_schema, with_explained_errors
 
 if TYPE_CHECKING:
     from mlflow.entities import Experiment, Run

@@ -2,11 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from ..binding import secrets_of
 from ..config.errors import ADDRESS, SettingError
+from ..config.loading import mistake
 from ..config.uris import is_database, shown_uri, sqlite_file
+from ..stores.errors import translate_server_errors
+
+if TYPE_CHECKING:
+    from kedro.framework.context import KedroContext
+
+    from ..stores.project import MlflowConfig
+
+# For commands that only look: MLflow by itself asks a server that is away for four minutes.
+IMPATIENT = {
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "PGCONNECT_TIMEOUT": "4",
+    "AWS_MAX_ATTEMPTS": "2",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+}
 
 
 @dataclass(frozen=True)
@@ -69,3 +89,22 @@ def local_path(uri: str) -> Path:
     from mlflow.utils.file_utils import local_file_uri_to_path
 
     return Path(local_file_uri_to_path(uri))
+
+
+@contextmanager
+def with_explained_errors(context: KedroContext, variables: Mapping[str, str]) -> Iterator[None]:
+    """Raise what a server refuses in a `with` block as the sentence that a run would end with.
+
+    Args:
+        context: The project's.
+        variables: The environment variables that `server.credentials` names.
+
+    Raises:
+        ConfigError: For what the configuration or the server shows to be wrong.
+    """
+    config: MlflowConfig = context.mlflow  # type: ignore[attr-defined]
+    try:
+        with translate_server_errors(config.server.connection, variables):
+            yield
+    except SettingError as error:
+        raise mistake(context, error.key, secrets_of(context).hide_in(str(error))) from error

@@ -20,7 +20,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from .. import _mlflow
 from ..config.errors import SettingError
 from ..config.keys import CreateExperimentOptions, ExperimentOptions
 from ..config.uris import is_database
@@ -28,6 +27,7 @@ from ..stores import credentials
 from ..stores.embedded import prepare
 from ..stores.errors import is_away, reason_of
 from ..stores.server import experiment_id
+from . import _mlflow
 from .disk import ARTIFACT_LOCATION, EXPERIMENT, Disk, DiskError, has_ended, pages
 
 if TYPE_CHECKING:

@@ -26,8 +26,9 @@ from kedro.runner import AbstractRunner, ParallelRunner, SequentialRunner
 from mlflow.exceptions import MlflowException
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
-from .._kedro import keep_hooks_out, uncached, without_confirms
+from .._kedro import uncached
 from . import copies
+from ._kedro import keep_hooks_out, without_confirms
 from .pipeline_ml import PipelineError, PipelineML, check_inference
 
 # How Kedro's MemoryDataset may hand out what it has; None lets it choose by the kind of data.

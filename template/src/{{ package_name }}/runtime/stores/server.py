@@ -121,7 +121,7 @@ def checked(answer: Response, endpoint: str) -> Response:
     """Return a server's answer, if it isn't an error.
 
     Raises:
-        MlflowException: When it is; its cause has the headers, which say who has answered.
+        MlflowException: When it is; its cause has the status, also of another server's answer.
     """
     from mlflow.exceptions import MlflowException
     from mlflow.utils.rest_utils import verify_rest_response
