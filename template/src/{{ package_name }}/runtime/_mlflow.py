@@ -108,3 +108,39 @@ def default_experiment_id() -> str:
     from mlflow.tracking import fluent
 
     return str(fluent._get_experiment_id())
+
+
+def replace_folder(uri: str, before: str, now: str) -> None:
+    """Change the folder in the URIs of all files that a SQLite store has of its runs and models.
+
+    MLflow can't change where the files of a run are, and a store whose folder was moved has it in
+    absolute URIs. Seen in MLflow 3.9 to 3.17.
+
+    Args:
+        uri: The store.
+        before: URI of the folder that the URIs begin with, without a slash at its end.
+        now: URI of the folder that takes its place.
+    """
+    from mlflow.store.model_registry.dbmodels.models import SqlModelVersion
+    from mlflow.store.tracking.dbmodels.models import (
+        SqlExperiment,
+        SqlLoggedModel,
+        SqlRun,
+        SqlTraceTag,
+    )
+    from sqlalchemy import create_engine, func, literal, update
+    from sqlalchemy.pool import NullPool
+
+    columns: list[Any] = [
+        SqlExperiment.artifact_location,
+        SqlRun.artifact_uri,
+        SqlLoggedModel.artifact_location,
+        SqlModelVersion.source,
+        SqlModelVersion.storage_location,
+        SqlTraceTag.value,
+    ]
+    with create_engine(uri, poolclass=NullPool).begin() as connection:
+        for column in columns:
+            is_below = column.startswith(f"{before}/", autoescape=True)
+            moved = literal(now) + func.substr(column, len(before) + 1)
+            connection.execute(update(column.class_).where(is_below).values({column: moved}))

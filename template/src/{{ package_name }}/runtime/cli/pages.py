@@ -18,7 +18,9 @@ from kedro.framework.startup import ProjectMetadata
 from ..config.loading import read_credentials
 from ..config.uris import is_database, is_http, shown_uri
 from ..extras import load
-from .session import opened
+from ..stores import credentials
+from ..stores.embedded import prepare
+from .session import opened, with_explained_errors
 
 if TYPE_CHECKING:
     from ..stores.project import MlflowConfig
@@ -45,10 +47,14 @@ def ui(
     with opened(metadata, env) as context:
         config: MlflowConfig = context.mlflow
         variables = read_credentials(context)
-    server = config.server.connection
-    if offline:
-        sync = load("offline", "command", "`kedro mlflow ui --offline`")
-        server = sync.store_on_disk(server, metadata.project_path)
+        server = config.server.connection
+        location = config.tracking.experiment.create_experiment_kwargs.artifact_location
+        if offline:
+            sync = load("offline", "command", "`kedro mlflow ui --offline`")
+            server = sync.store_on_disk(server, metadata.project_path)
+        else:
+            with credentials.exporting(variables), with_explained_errors(context, variables):
+                prepare(server.tracking_uri, location, metadata.project_path)
     if not is_database(server.tracking_uri):
         page = shown_uri(server.tracking_uri).replace("//***@", "//")
         click.echo(f"The runs are on {page}")

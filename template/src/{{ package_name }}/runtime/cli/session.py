@@ -10,12 +10,17 @@ from typing import TYPE_CHECKING, Any
 from kedro.framework.session import KedroSession
 from kedro.framework.startup import ProjectMetadata
 
-from ..config.loading import read_credentials
+from ..binding import secrets_of
+from ..config.errors import SettingError
+from ..config.loading import mistake, read_credentials
 from ..stores import credentials
+from ..stores.errors import translate_server_errors
 from ..stores.project import register_header_provider
 
 if TYPE_CHECKING:
     from kedro.framework.context import KedroContext
+
+    from ..stores.project import MlflowConfig
 
 
 @contextmanager
@@ -45,3 +50,22 @@ def with_credentials(
     unset = {name: value for name, value in defaults.items() if name not in os.environ}
     with credentials.exporting({**unset, **variables}):
         yield variables
+
+
+@contextmanager
+def with_explained_errors(context: KedroContext, variables: Mapping[str, str]) -> Iterator[None]:
+    """Raise what a server refuses in a `with` block as the sentence that a run would end with.
+
+    Args:
+        context: The project's.
+        variables: The environment variables that `server.credentials` names.
+
+    Raises:
+        ConfigError: For what the configuration or the server shows to be wrong.
+    """
+    config: MlflowConfig = context.mlflow  # type: ignore[attr-defined]
+    try:
+        with translate_server_errors(config.server.connection, variables):
+            yield
+    except SettingError as error:
+        raise mistake(context, error.key, secrets_of(context).hide_in(str(error))) from error

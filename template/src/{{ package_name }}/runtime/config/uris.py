@@ -6,6 +6,8 @@ import os
 import re
 from importlib.metadata import entry_points, version
 from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
+from urllib.parse import unquote, urlsplit
+from urllib.request import url2pathname
 
 # Names the tracking URI that a notebook's environment has from a project, not from its user.
 ANNOUNCED = "KEDRO_MLFLOW_ANNOUNCED_URI"
@@ -28,7 +30,7 @@ def anchor_uri(uri: str, project_path: PurePath) -> str:
         path = sqlite["path"]
         if PurePosixPath(path).is_absolute() or PureWindowsPath(path).drive:
             return uri
-        return f"{sqlite['scheme']}{(project_path / path).as_posix()}{uri[sqlite.end() :]}"
+        return sqlite_uri(project_path / path, sqlite["scheme"]) + uri[sqlite.end() :]
     if uri.startswith("databricks") or re.match(r"[\w+.-]{2,}:", uri):
         return uri
     return (project_path / uri).as_uri()
@@ -50,10 +52,34 @@ def is_database(uri: str) -> bool:
     return uri.split(":", 1)[0].split("+", 1)[0] in {"sqlite", "postgresql", "mysql", "mssql"}
 
 
+def sqlite_uri(file: PurePath, scheme: str = "sqlite:///") -> str:
+    """Return the URI of a SQLite file, with what has a meaning in URIs quoted in its path.
+
+    SQLAlchemy reads quoted paths from 2.1 on; before that nothing can stand for a question mark.
+    MLflow takes them as they are for the folder to make, but with a driver it makes none.
+    """
+    path = file.as_posix()
+    if not re.search("[%?#]", path) or not _sqlalchemy_unquotes():
+        return f"{scheme}{path}"
+    quoted = path.replace("%", "%25").replace("?", "%3F").replace("#", "%23")
+    return f"{'sqlite+pysqlite:///' if scheme == 'sqlite:///' else scheme}{quoted}"
+
+
 def sqlite_file(uri: str) -> Path | None:
     """Return the file of a `sqlite:///` URI; None for any other URI."""
     sqlite = _SQLITE_FILE.match(uri)
-    return Path(sqlite["path"]) if sqlite else None
+    if sqlite is None:
+        return None
+    return Path(unquote(sqlite["path"]) if _sqlalchemy_unquotes() else sqlite["path"])
+
+
+def _sqlalchemy_unquotes() -> bool:
+    return tuple(int(part) for part in version("sqlalchemy").split(".")[:2]) >= (2, 1)
+
+
+def local_path(uri: str) -> Path:
+    """Return the path of a `file:` URI."""
+    return Path(url2pathname(urlsplit(uri).path))
 
 
 def artifact_folder(tracking_uri: str) -> str | None:

@@ -13,11 +13,12 @@ import click
 from kedro.framework.cli.utils import env_option
 from kedro.framework.startup import ProjectMetadata
 
-from ..cli.session import opened, with_credentials
+from ..cli.session import opened, with_credentials, with_explained_errors
+from ..stores.embedded import prepare
 from .doctor import examine, show_findings
 from .runs import differences, find_run, read_details, read_latest, run_as_json
 from .showing import new_console, show_details, show_differences, show_latest
-from .store import IMPATIENT, with_explained_errors
+from .store import IMPATIENT, exists
 
 
 @click.command()
@@ -61,6 +62,9 @@ def runs(
         with_explained_errors(context, variables),
     ):
         server, experiment = context.mlflow.server.connection, context.mlflow.tracking.experiment
+        if exists(server.tracking_uri):  # then it is made fit, as for a run
+            location = experiment.create_experiment_kwargs.artifact_location
+            prepare(server.tracking_uri, location, metadata.project_path)
         chosen = [find_run(server, experiment, run_id) for run_id in run_ids]
         if not chosen:
             latest = read_latest(server, experiment, condition, limit, children=children)

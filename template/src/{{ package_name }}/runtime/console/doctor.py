@@ -22,19 +22,21 @@ from rich.table import Table
 from rich.text import Text
 
 from ..binding import secrets_of
-from ..cli.session import with_credentials
+from ..cli.session import with_credentials, with_explained_errors
 from ..config.errors import ConfigError, SettingError
 from ..config.loading import mistake
-from ..config.uris import is_database, is_http, shown_uri, sqlite_file
+from ..config.uris import is_database, is_http, local_path, shown_uri, sqlite_file
 from ..extras import load, present
 from ..stores import credentials
 from ..stores.errors import artifact_sentence, translate_artifact_errors
+from ..stores.moving import follow, origin_of
 from ..stores.project import register_header_provider
+from ..stores.schema import Schema, can_migrate, check_schema, read_schema
 from ..stores.server import Server, checked, experiment_id
 from ..tracking.ending import MARKERS, end_killed
 from ..tracking.process import Process, orphans, this_process, unmark
 from .showing import count, duration_in_words
-from .store import IMPATIENT, Schema, local_path, read_schema, with_explained_errors
+from .store import IMPATIENT
 
 if TYPE_CHECKING:
     from mlflow.entities import Experiment, Run
@@ -55,7 +57,8 @@ CLOCK_TOLERANCE = 60
 NAME, MARK, FILE = "kedro mlflow doctor", "kedro_mlflow_doctor", "doctor.txt"
 
 CONFIGURATION, CREDENTIALS, SERVER = "configuration", "credentials", "server"
-SCHEMA, EXPERIMENT, WRITING = "database schema", "experiment", "writing runs"
+SCHEMA, FILES = "database schema", "place of files"
+EXPERIMENT, WRITING = "experiment", "writing runs"
 
 
 @dataclass(frozen=True)
@@ -280,9 +283,31 @@ def _schema(setup: _Setup) -> Finding:
     schema = setup.schema
     if schema is None or schema.version is None:
         return Finding(None, "the server's" if setup.has_store else "not made yet")
-    if schema.version != schema.wanted:
-        return Finding(False, f"{schema.version}, not {schema.wanted}", schema.advice)
-    return Finding(True, schema.version)
+    if schema.fits:
+        return Finding(True, schema.version)
+    uri = setup.server.tracking_uri
+    if setup.fix:
+        check_schema(uri, schema, setup.project_path)
+        return Finding(True, f"{schema.wanted}, migrated from {schema.version}")
+    advice = schema.advice
+    if can_migrate(uri, schema, setup.project_path):
+        advice = f"the next run migrates them, or `{setup.command('doctor')} --fix`"
+    return Finding(False, f"{schema.version}, not {schema.wanted}", advice)
+
+
+def _files(setup: _Setup) -> Finding:
+    uri, location = setup.server.tracking_uri, setup.options.create_experiment_kwargs
+    file, place = sqlite_file(uri), location.artifact_location
+    if file is None or place is None or not setup.has_store:
+        return Finding(None, "not a file" if setup.has_store else "not made yet")
+    origin = origin_of(uri, file, place)
+    if origin is None:
+        return Finding(True, f"the files are where {file.name} says")
+    found = f"{file.name} was in {origin}, where it looks for the files of its runs"
+    if setup.fix:
+        follow(uri, file, place)
+        return Finding(True, f"{found}: changed to {file.parent}")
+    return Finding(False, found, f"the next run mends that, or `{setup.command('doctor')} --fix`")
 
 
 def _experiment(setup: _Setup) -> Finding:
@@ -444,7 +469,8 @@ _CHECKS = [
     _Check("version", _version, "not known", needs=SERVER),
     _Check("clock", _clock, "not known", needs=SERVER),
     _Check(SCHEMA, _schema, "not known", needs=SERVER),
-    _Check(EXPERIMENT, _experiment, "not usable", needs=SCHEMA),
+    _Check(FILES, _files, "not known", needs=SCHEMA),
+    _Check(EXPERIMENT, _experiment, "not usable", needs=FILES),
     _Check(WRITING, _writing, "not possible", needs=EXPERIMENT),
     _Check("artifacts", _artifacts, "not usable", needs=WRITING),
     _Check("open runs", _open_runs, "not known", needs=EXPERIMENT),

@@ -9,14 +9,12 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote
 
-from ..config.errors import ConfigError
+from ..config.errors import ConfigError, SettingError
 from ..config.keys import CreateExperimentOptions, ExperimentOptions
-from ..config.uris import shown_uri, sqlite_file
+from ..config.uris import local_path, shown_uri, sqlite_file, sqlite_uri
 from ..stores.embedded import prepare
 from ..stores.server import Server
 
@@ -27,9 +25,8 @@ if TYPE_CHECKING:
 # The folder of a project that has the stores.
 FOLDER = ".mlflow-offline"
 
-# Tags of an experiment on disk: where its artifacts go on the server, and its name there where it
-# has another one on disk.
-ARTIFACT_LOCATION, EXPERIMENT = "kedro_artifact_location", "kedro_experiment"
+# The tag of an experiment on disk that says where its artifacts go on the server.
+ARTIFACT_LOCATION = "kedro_artifact_location"
 
 # How long one process waits for another one that replays, in seconds.
 LOCK_TIMEOUT = 60.0
@@ -55,7 +52,7 @@ class Disk:
     @property
     def uri(self) -> str:
         """The URI under which MLflow opens the store."""
-        return f"sqlite:///{self.file.as_posix()}"
+        return sqlite_uri(self.file)
 
     @property
     def address(self) -> str:
@@ -78,7 +75,6 @@ class Disk:
         Raises:
             DiskError: When it can't be created, isn't MLflow's, or is another version's.
         """
-        from mlflow.exceptions import MlflowException
         from sqlalchemy.exc import SQLAlchemyError
 
         try:
@@ -90,17 +86,11 @@ class Disk:
                 "or set tracking.on_unreachable in mlflow.yml to fail."
             ) from error
         try:
-            prepare(self.uri, self.artifacts.as_uri())
+            prepare(self.uri, self.artifacts.as_uri(), self.folder)
             client = self.store.client
             client.search_experiments(max_results=1)
-        except MlflowException as error:
-            if "schema" not in error.message:
-                raise
-            raise DiskError(
-                f"{self.file}: its tables are those of another version of MLflow than the "
-                f"installed {version('mlflow')}: install that one to replay its runs, or try "
-                f"`mlflow db upgrade {self.uri}`."
-            ) from error
+        except SettingError as error:
+            raise DiskError(f"{self.file}: {error}.") from error
         except SQLAlchemyError as error:
             reason = str(getattr(error, "orig", None) or error).splitlines()[0]
             raise DiskError(
@@ -109,7 +99,7 @@ class Disk:
         return client
 
     def files(self, uri: str | None) -> Path:
-        """Return the folder with the files of a run or model, also when the project was moved.
+        """Return the folder with the files of a run or model.
 
         Args:
             uri: The `artifact_uri` of a run or `artifact_location` of a model, as the store has it.
@@ -118,9 +108,7 @@ class Disk:
             DiskError: When that isn't a folder inside of the store's own: the store may come
                 from somebody else, and what is below is uploaded and removed.
         """
-        _, _, path = (uri or "").partition(f"/{FOLDER}/")
-        root = self.artifacts.resolve()
-        folder = self.folder.joinpath(*unquote(path).split("/")[1:]).resolve()
+        root, folder = self.artifacts.resolve(), local_path(uri or "").resolve()
         if root not in folder.parents:
             raise DiskError(f"its artifacts are at {uri!r}, outside of {root}")
         return folder
@@ -170,15 +158,9 @@ def disks(project_path: Path) -> list[Disk]:
 def experiment_on_disk(disk: Disk, experiment: ExperimentOptions) -> ExperimentOptions:
     """Open the store for a run, and return the options of the run's experiment in it.
 
-    Its artifacts are in the store's folder; where they go on the server is kept in a tag. After the
-    project was moved, MLflow would put them where the experiment was made: it gets another name,
-    and the run a new one.
+    Its artifacts are in the store's folder; where they go on the server is kept in a tag.
     """
-    client = disk.client()
-    known = client.get_experiment_by_name(experiment.name or "Default")
-    if known and known.artifact_location != disk.artifacts.as_uri():
-        client.set_experiment_tag(known.experiment_id, EXPERIMENT, known.name)
-        client.rename_experiment(known.experiment_id, f"{known.name} ({known.experiment_id})")
+    disk.client()
     options = experiment.create_experiment_kwargs
     tags = dict(options.tags or {})
     if options.artifact_location:

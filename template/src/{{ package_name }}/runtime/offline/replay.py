@@ -28,7 +28,7 @@ from ..stores.embedded import prepare
 from ..stores.errors import is_away, reason_of
 from ..stores.server import experiment_id
 from . import _mlflow
-from .disk import ARTIFACT_LOCATION, EXPERIMENT, Disk, DiskError, has_ended, pages
+from .disk import ARTIFACT_LOCATION, Disk, DiskError, has_ended, pages
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -179,7 +179,7 @@ class _Replay:
             tags = dict(experiment.tags)
             location = tags.pop(ARTIFACT_LOCATION, None)
             options = ExperimentOptions(
-                name=tags.pop(EXPERIMENT, experiment.name),
+                name=experiment.name,
                 create_experiment_kwargs=CreateExperimentOptions(
                     artifact_location=location, tags=tags
                 ),

@@ -16,7 +16,10 @@ from typing import TYPE_CHECKING
 from uuid import uuid4
 
 from .. import _mlflow
-from ..config.uris import is_database, sqlite_file
+from ..config.errors import ADDRESS, SettingError
+from ..config.uris import is_database, sqlite_file, sqlite_uri
+from .moving import follow
+from .schema import Schema, check_schema, schema_of
 
 if TYPE_CHECKING:
     from sqlalchemy.pool import Pool
@@ -33,18 +36,27 @@ _TAKES_TIMEOUT = re.compile("postgresql|mysql")
 _MAKING_TABLES = 0x6D6C666C6F77
 
 
-def prepare(uri: str, location: str | None) -> None:
-    """Create the store in a database that has none yet; do nothing for any other URI.
+def prepare(uri: str, location: str | None, project_path: Path | None = None) -> None:
+    """Make a database fit for runs: its tables, and where its files are; leave any other URI alone.
 
     Args:
         uri: Where runs are kept.
         location: Where the files go.
+        project_path: The project's folder: a SQLite file in it is migrated from an older MLflow.
+
+    Raises:
+        SettingError: When a file can't be made, or the tables are another MLflow's.
     """
+    if not is_database(uri):
+        return
     file = sqlite_file(uri)
-    if file is None and is_database(uri):
-        _prepare_database(uri, location)
-    elif file and not file.exists():
+    if file and not file.exists():
         _make_sqlite(uri, file, location)
+        return
+    schema = _read_or_make(uri, location)
+    check_schema(uri, schema, project_path)
+    if file and location:
+        follow(uri, file, location)
 
 
 def _make_sqlite(uri: str, file: Path, location: str | None) -> None:
@@ -59,12 +71,17 @@ def _make_sqlite(uri: str, file: Path, location: str | None) -> None:
         if engine.url.database == str(file):  # somebody has removed the store meanwhile
             engine.dispose()
     logger.info("Creating the embedded MLflow store %s", uri)
-    file.parent.mkdir(parents=True, exist_ok=True)
     draft = file.with_name(f"{file.name}.{uuid4().hex}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        draft.touch()
+    except OSError as error:  # MLflow would try for two minutes
+        what = f"{file} can't be made ({error.strerror}): make its folder writable, or name another"
+        raise SettingError(ADDRESS, what) from error
     try:
         with _quiet("alembic"):
             # MLflow's experiment "Default" comes with it: its artifacts go where the others go.
-            store = SqlAlchemyStore(f"sqlite:///{draft.as_posix()}", location)
+            store = SqlAlchemyStore(sqlite_uri(draft), location)
         store.engine.dispose()
         try:
             # Unlike a renaming, a link never replaces the store that another process has made.
@@ -78,26 +95,27 @@ def _make_sqlite(uri: str, file: Path, location: str | None) -> None:
         draft.unlink(missing_ok=True)
 
 
-def _prepare_database(uri: str, location: str | None) -> None:
+def _read_or_make(uri: str, location: str | None) -> Schema:
     """Connect to a database once, and make the tables in one that is empty.
 
     MLflow would try ten times, for more than a minute, where the password is refused.
     """
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
-    from sqlalchemy import create_engine, inspect, text
+    from sqlalchemy import create_engine, text
     from sqlalchemy.pool import NullPool
 
     arguments = {"connect_timeout": CONNECT_TIMEOUT} if _TAKES_TIMEOUT.match(uri) else {}
     engine = create_engine(uri, poolclass=NullPool, connect_args=arguments)
     with engine.connect() as connection:
-        if inspect(connection).has_table("alembic_version"):
-            return
-        logger.info("Making MLflow's tables in the database")
-        if connection.dialect.name == "postgresql":
-            # Held until this connection ends: another process waits, and then finds the tables.
-            connection.execute(text("SELECT pg_advisory_lock(:key)"), {"key": _MAKING_TABLES})
-        with _quiet("alembic"):
-            SqlAlchemyStore(uri, location or "mlartifacts")
+        schema = schema_of(connection, uri)
+        if schema.version is None:
+            logger.info("Making MLflow's tables in the database")
+            if connection.dialect.name == "postgresql":
+                # Held until this connection ends: another process waits, then finds the tables.
+                connection.execute(text("SELECT pg_advisory_lock(:key)"), {"key": _MAKING_TABLES})
+            with _quiet("alembic"):
+                SqlAlchemyStore(uri, location or "mlartifacts")
+        return schema
 
 
 @contextmanager

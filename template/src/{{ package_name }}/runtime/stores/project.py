@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, PrivateAttr
@@ -40,16 +41,22 @@ class _Server(keys.ServerOptions):
 
 class _Experiment(keys.ExperimentOptions):
     _server: _Server = PrivateAttr(default_factory=_Server)
+    _project_path: Path | None = PrivateAttr(None)
 
     def set_server(self, server: _Server) -> None:
         """Set the server that `entity` asks."""
         self._server = server
 
+    def set_project(self, project_path: Path) -> None:
+        """Set the project's folder: a store in it is migrated from an older MLflow."""
+        self._project_path = project_path
+
     @property
     def entity(self) -> Experiment:
         """MLflow's object for the experiment, which is made or restored when need be."""
         server = self._server.connection
-        prepare(server.tracking_uri, self.create_experiment_kwargs.artifact_location)
+        location = self.create_experiment_kwargs.artifact_location
+        prepare(server.tracking_uri, location, self._project_path)
         return server.client.get_experiment(experiment_id(server, self))
 
 
@@ -108,7 +115,9 @@ def config_of(context: KedroContext) -> MlflowConfig:
     Raises:
         ConfigError: With one line for each mistake, when `mlflow.yml` has any.
     """
-    return load_config(context, MlflowConfig)
+    config = load_config(context, MlflowConfig)
+    config.tracking.experiment.set_project(context.project_path)
+    return config
 
 
 def register_header_provider(context: KedroContext) -> RequestHeaderProvider | None:

@@ -77,7 +77,7 @@ def start(
         autologging.switch_on(options.autolog)
         with failures.translate_server_errors(server, variables):
             tags = {**tags, **process.this_process().tags()}
-            handle, tags = _open(server, options, name, tags, given_id)
+            handle, tags = _open(server, options, name, tags, given_id, project_path)
         handle = replace(handle, opening=opening)
     except BaseException:
         credentials.take_back(opening)
@@ -121,6 +121,7 @@ def _open(
     name: str,
     tags: dict[str, str],
     given_id: str | None,
+    project_path: Path,
 ) -> tuple[RunHandle, Mapping[str, str]]:
     """Open the run, and return it with the tags that it still has to get."""
     import mlflow
@@ -135,7 +136,8 @@ def _open(
         return _attach(Server.in_use(), active.info.run_id, tags)
     if given_id and not active:
         return _attach(server, given_id, tags)
-    prepare(server.tracking_uri, options.experiment.create_experiment_kwargs.artifact_location)
+    location = options.experiment.create_experiment_kwargs.artifact_location
+    prepare(server.tracking_uri, location, project_path)
     server.use()
     if options.run.id and not active:
         run = _existing(server, options.run.id, ("tracking", "run", "id"))
