@@ -7,6 +7,7 @@ happens to be imported or on PATH.
 from __future__ import annotations
 
 import inspect
+import logging
 import sys
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -32,6 +33,15 @@ PROJECT = __name__.partition(".runtime")[0]
 
 # The arguments of `log_model` with which a user says what a model requires.
 _GIVEN = ("pip_requirements", "conda_env", "uv_project_path", "uv_groups", "uv_extras")
+
+
+def _is_not_about_pip(record: logging.LogRecord) -> bool:
+    # MLflow 3.17 warns with each model where there is no pip, as in every environment of uv. Then
+    # conda.yaml only names no version of it.
+    return not record.getMessage().startswith("Failed to resolve installed pip version")
+
+
+logging.getLogger("mlflow.utils.environment").addFilter(_is_not_about_pip)
 
 
 def with_requirements(
