@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 import sys
@@ -85,6 +86,35 @@ def test_the_example_is_tracked_from_raw_data_to_predictions(
     assert failed.data.tags["kedro_failed_node"] == "clean"
     assert failed.data.tags["mlflow.source.git.dirty"] == "true"
     assert git(project, "status", "--porcelain") == f"M {nodes.relative_to(project)}"
+
+
+def test_a_new_project_warns_of_nothing_and_logs_one_line_for_each_event(
+    clone: Path, tmp_path: Path, shell: Shell
+) -> None:
+    project = tmp_path / "penguins"
+    shell(f"uvx copier copy --defaults '--data=extras=[console]' {clone} {project}", tmp_path)
+    shell("uv sync --quiet", project)
+
+    assert shell("uv run kedro run 2> log", project, COLUMNS="80") == ""
+    log = (project / "log").read_text()
+    # What Kedro says of itself and of a node with many inputs, and MLflow of its own, is longer.
+    kept = [
+        line for line in log.splitlines() if not re.search("Using sync|Running node|mlflow", line)
+    ]
+    assert "INFO     Completed 7 out of 7 tasks" in kept
+    assert [
+        line for line in kept if not re.match("INFO     |Successfully|Created version", line)
+    ] == []
+    assert max(len(line) for line in kept) <= 80
+
+    listed = shell("uv run kedro mlflow runs --json 2>> log", project)
+    assert [run["status"] for run in json.loads(listed)] == ["FINISHED"]
+    log += shell("uv run pytest", project)
+    log += shell("echo exit | uv run kedro ipython", project)
+    ui = "uv run kedro mlflow ui".split()
+    with running(ui, project, env=environment(), end=signal.SIGINT) as lines:
+        log += "".join(lines)
+    assert re.findall(r".*(?:W(?i:arning)|[Dd]eprecat|warnings? summary).*", log) == []
 
 
 @pytest.mark.parametrize(
