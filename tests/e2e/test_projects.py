@@ -148,6 +148,10 @@ def test_a_new_project_passes_its_own_tests_and_checks(
     shell("uv run pre-commit run --all-files", project)
 
     assert git(project, "diff", "--name-only") == ""
+    # The first commit, with what checks it.
+    shell("uv run pre-commit install", project)
+    commit_all(project, "Start")
+    assert git(project, "ls-files", "uv.lock") == "uv.lock"
     assert not (project / "mlflow.db").exists()
     # With these three all that CI runs, without a server and without secrets.
     shell(f"uv run kedro run {'--env=test' if (project / 'conf/test').exists() else ''}", project)
@@ -177,6 +181,16 @@ def test_every_command_of_a_projects_readme_works(
             continue  # asked while it was served
         elif command == "uv run kedro mlflow ui":
             _look_at_the_pages(command, project)
+        elif command.endswith("kedro jupyter lab"):
+            options = ["--no-browser", "--allow-root"]
+            with running(
+                [*command.split(), *options],
+                project,
+                ready="is running at",
+                env=environment(),
+                end=signal.SIGTERM,
+            ):
+                pass
         elif command == "uvx copier update":
             commit_all(project, "Lock")
             shell(f"{command} --defaults", project)

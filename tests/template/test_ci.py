@@ -58,8 +58,7 @@ def test_github_checks_pushes_to_the_default_branch_whatever_it_is_called(github
 
     assert events["push"] is None
     assert {job["if"] for job in workflow["jobs"].values()} == {
-        "github.event_name != 'push' || "
-        "github.ref_name == github.event.repository.default_branch"
+        "github.event_name != 'push' || github.ref_name == github.event.repository.default_branch"
     }
 
 

@@ -118,6 +118,7 @@ def test_neither_secrets_nor_data_go_to_the_image(generate: Generate, tmp_path: 
         "conf/base/parameters.yml",
         "conf/docker/mlflow.yml",
         "conf/local/.gitkeep",
+        "conf/logging.yml",
         "conf/prod/mlflow.yml",
         "pyproject.toml",
         "uv.lock",
