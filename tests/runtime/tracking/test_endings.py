@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from runtime.stores.server import Server
@@ -168,12 +169,12 @@ def test_the_last_line_of_a_run_on_a_server_is_the_address_of_its_page(
 
     _, look = last_lines(project)
 
-    project.tracking_uri = server.uri
-    run = project.client.search_runs(
-        [project.client.get_experiment_by_name(project.package).experiment_id]
-    )[0].info
-    page = f"#/experiments/{run.experiment_id}/runs/{run.run_id}"
-    assert look == f"INFO     Look at it: {server.uri}/{page}"
+    address, _, page = look.removeprefix("INFO     Look at it: ").partition("/#/")
+    assert address == server.uri
+    _, experiment_id, _, run_id = page.split("/")
+    run = MlflowClient(server.uri).get_run(run_id)
+    assert page == f"experiments/{experiment_id}/runs/{run_id}"
+    assert run.info.experiment_id == experiment_id
 
 
 def test_the_page_of_a_run_on_databricks_is_in_its_workspace(
