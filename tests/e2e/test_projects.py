@@ -246,7 +246,8 @@ def test_an_update_brings_what_is_new_and_keeps_what_the_user_did(
     runtime = clone / "template/src/{{ package_name }}/runtime"
     (runtime / "hooks.py").write_text((runtime / "hooks.py").read_text() + "\n# new\n")
     (runtime / "added.py").write_text('"""New."""\n')
-    for name in ("README.md.jinja", "conf/base/parameters.yml.jinja", "conf/local/credentials.yml"):
+    owned = ["{{ instructions }}.md.jinja", "conf/base/parameters.yml.jinja"]
+    for name in [*owned, "conf/local/credentials.yml"]:
         with (clone / "template" / name).open("a") as file:
             file.write("# new\n")
     shipped = clone / "template/conf/base/mlflow.yml.jinja"

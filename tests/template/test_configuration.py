@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 import yaml
 from kedro.config import OmegaConfigLoader
+from omegaconf.resolvers import oc
 
 from runtime.config.keys import MlflowConfig
 
@@ -94,6 +95,7 @@ def merged(project: Project, environment: str) -> MlflowConfig:
         default_run_env="local",
         config_patterns={"mlflow": ["mlflow*.y*ml", "**/mlflow*.y*ml"]},
         merge_strategy={"mlflow": "soft"},
+        custom_resolvers={"oc.env": oc.env},
     )
     return MlflowConfig.model_validate(loader["mlflow"])
 
