@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 
-from .conftest import Shell, console_commands, git
+from .conftest import Shell, commit_all, console_commands, git
 
 # What a test can't run inside of itself: `nox` is what CI runs, and it runs this.
 RUN_ELSEWHERE = {"nox"}
@@ -28,6 +29,11 @@ def test_every_command_of_the_readme_works(clone: Path, tmp_path: Path, shell: S
     for command in commands:
         if command in RUN_ELSEWHERE | ENDS_WITH_CTRL_C:
             continue
+        if '"$PWD"' in command:
+            shell(command.replace(" copy ", " copy --defaults "), clone, PATH=path)
+            answers = (tmp_path / "myproj" / ".copier-answers.yml").read_text()
+            assert f"_src_path: {clone}\n" in answers
+            continue
         if " copy " in command:
             project += 1
             folder = tmp_path / f"session{project}"
@@ -48,6 +54,11 @@ def test_every_command_of_the_readme_works(clone: Path, tmp_path: Path, shell: S
     for word in ("FINISHED", "accuracy", "confusion_matrix.png", "penguins-classifier 1"):
         assert word in table
     assert "kedro mlflow ui" in table
+    (demo,) = re.findall(r"--directory (\S+)", table)
+    git(Path(demo), "init", "--quiet")
+    commit_all(Path(demo), "Start")
+    assert "Unknown" not in shell("uvx copier update --defaults --vcs-ref=HEAD", Path(demo))
+    assert git(Path(demo), "status", "--porcelain") == ""
 
 
 def test_the_demo_takes_a_folder_and_refuses_one_that_is_not_empty(

@@ -54,7 +54,7 @@ def repository(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     git(folder, "init", "--quiet")
     tag(folder, "v0.1.0")
     append(folder / "template/src/{{ package_name }}/runtime/hooks.py", "# New.")
-    append(folder / "template/README.md.jinja", "New.")
+    append(folder / "template/{{ instructions }}.md.jinja", "New.")
     tag(folder, "v0.2.0")
     return folder
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -88,3 +89,25 @@ def test_new_sources_are_not_ignored(project: Path) -> None:
         (project / name).write_bytes(b"written\n")
 
     assert len(git(project, "status", "--short", "--untracked-files=all").splitlines()) == 4
+
+
+def test_a_pipeline_may_be_called_as_anything_that_git_ignores(project: Path) -> None:
+    names = set(re.findall(r"[a-z][a-z_]*[a-z]", (project / ".gitignore").read_text()))
+    assert {"build", "dist", "mlruns", "sessions", "credentials"} < names
+
+    # What `kedro pipeline create` writes.
+    written = [
+        file.format(name)
+        for name in sorted(names)
+        for file in (
+            "conf/base/parameters_{}.yml",
+            "src/penguin_study/pipelines/{}/__init__.py",
+            "tests/pipelines/{}/test_pipeline.py",
+        )
+    ]
+    for name in written:
+        (project / name).parent.mkdir(parents=True, exist_ok=True)
+        (project / name).touch()
+
+    untracked = git(project, "ls-files", "--others", "--exclude-standard").splitlines()
+    assert set(written) <= set(untracked)

@@ -31,9 +31,9 @@ from ..stores import credentials
 from ..stores.errors import artifact_sentence, translate_artifact_errors
 from ..stores.project import register_header_provider
 from ..stores.server import Server, checked, experiment_id
-from ..tracking.ending import MARKERS, end_killed
+from ..tracking.ending import MARKERS, duration_in_words, end_killed
 from ..tracking.process import Process, orphans, this_process, unmark
-from .showing import count, duration_in_words
+from .showing import count
 from .store import IMPATIENT, Schema, local_path, read_schema, with_explained_errors
 
 if TYPE_CHECKING:
