@@ -2,7 +2,7 @@
 
 What Copier can merge is committed on a new branch, `template-<version>`. What needs a person is
 left on that branch, not committed; a project that can't be updated is left as it was. The exit
-status is 1 when any project needs a person. It takes Copier 9.15 or later, git, and nothing else.
+status is 1 when any project needs a person. It takes Copier 9.19 or later, git, and nothing else.
 """
 
 from __future__ import annotations
