@@ -2,7 +2,8 @@
 
 What Copier can merge is committed on a new branch, `template-<version>`, which all projects of a
 repository share. What needs a person is left on that branch, not committed; a project that can't
-be updated is left as it was. The exit status is 1 when any project needs a person. It takes Copier 9.19 or later, git, and nothing else.
+be updated is left as it was. The exit status is 1 when any project needs a person. It takes Copier
+9.19 or later, git, and nothing else.
 """
 
 from __future__ import annotations
@@ -116,7 +117,7 @@ def changed_answers(project: Path) -> list[str]:
 
 
 def read_answers(text: str) -> dict[str, str]:
-    """Split the answers file, which Copier writes, at its keys; quotes and line ends don't count."""
+    """Split the answers file at its keys; quotes and line ends of an answer don't count."""
     entries = re.findall(r"^([a-z]\w*):(.*?)(?=^\S+:|\Z)", text, re.DOTALL | re.MULTILINE)
     return {name: " ".join(answer.split()).strip("'\"") for name, answer in entries}
 
