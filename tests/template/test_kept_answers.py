@@ -47,7 +47,8 @@ POOL: dict[str, list[Any]] = {
         "1.0",
         "[x]",
     ],
-    "package_name": ["penguins", "p" * 45, "penguins_", "waitress", "sessions", "con"],
+    # Without an answer it is made from the project's name.
+    "package_name": [None, None, "penguins", "p" * 45, "penguins_", "waitress", "sessions", "con"],
     "description": ["", "two\x85lines", "{{ package_name }}", "é " * 90, "null", "🐧\u2028"],
     "author_name": ["", "Ada", "Ada\x90", "yes"],
     "author_email": ["", "ada@example.org"],
@@ -90,7 +91,8 @@ def copy_with_others(
 ) -> Path:
     """Generate a project, with another answer in place of each that the version refuses."""
     try:
-        return copy(repository, folder, version, answers)
+        given = {name: answer for name, answer in answers.items() if answer is not None}
+        return copy(repository, folder, version, given)
     except ValueError as error:
         (name,) = [name for name in POOL if f"'{name}'" in str(error)]
         others = answers | {name: chosen.choice(POOL[name])}
