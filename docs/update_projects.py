@@ -3,7 +3,7 @@
 What Copier can merge is committed on a new branch, `template-<version>`, which all projects of a
 repository share. What needs a person is left on that branch, not committed; a project that can't
 be updated is left as it was. The exit status is 1 when any project needs a person. It takes Copier
-9.19 or later, git, and nothing else.
+9.19.1 or later, git, and nothing else.
 """
 
 from __future__ import annotations

@@ -42,6 +42,7 @@ def run(command: str, folder: Path, status: int = 0) -> str:
 
 def block(word: str) -> str:
     """Find the only block with a word in it."""
+    found: str
     (found,) = [block for block in BLOCKS if word in block]
     return found
 

@@ -209,6 +209,17 @@ def test_a_place_of_the_store_before_is_no_answer_for_the_next(
     assert read_answers(project)["artifact_location"] == "gs://change-me/penguins"
 
 
+def test_a_new_project_is_asked_what_it_is_to_be_and_nothing_of_before(
+    template: Path, tmp_path: Path
+) -> None:
+    asked = press_enter(lambda: copier.run_copy(str(template), tmp_path / "penguins", quiet=True))
+
+    assert "What is its Python package called?" in asked
+    assert "Include the example, which classifies penguins?" in asked
+    assert "last_answers" not in read_answers(tmp_path / "penguins")
+    assert not any("last_answers" in question for question in asked)
+
+
 def test_what_is_answered_once_is_not_asked_in_an_update(repository: Path, tmp_path: Path) -> None:
     answers = {"package_name": "birds", "example": True, "tracking_backend": "databricks"}
     project = copy(repository, tmp_path / "penguins", "v2.0.0", answers)
@@ -241,7 +252,7 @@ def test_an_update_that_skips_what_is_answered_asks_what_is_new(
     assert asked == {"What is the server's address?"}
 
 
-def press_enter(command: Callable[[], None]) -> set[str]:
+def press_enter(command: Callable[[], object]) -> set[str]:
     """Take the default of whatever a command asks; gives the questions."""
     shown = io.StringIO()
     with create_pipe_input() as keyboard:
