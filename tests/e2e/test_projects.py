@@ -191,9 +191,9 @@ def test_every_command_of_a_projects_readme_works(
                 end=signal.SIGTERM,
             ):
                 pass
-        elif command == "uvx copier update":
+        elif command == "uvx copier update --skip-answered":
             commit_all(project, "Lock")
-            shell(f"{command} --defaults", project)
+            shell(command, project)
             assert git(project, "status", "--porcelain") == ""
         elif not any(command.startswith(start) for start in with_pip):
             shell(command, project)
@@ -292,3 +292,29 @@ def test_a_clash_leaves_markers_that_the_projects_hook_refuses(
     git(project, "add", "--all")
     refused = shell("uvx pre-commit run merge-conflicts", project, status=1)
     assert "settings.py" in refused
+
+
+def test_what_uv_adds_does_not_clash_with_what_the_template_changes(
+    clone: Path, tmp_path: Path, shell: Shell
+) -> None:
+    project = tmp_path / "my_project"
+    shell(f"uvx copier copy --defaults {clone} {project}", tmp_path)
+    git(project, "init", "--quiet")
+    shell("uv add --frozen altair numpy xgboost", project)
+    shell("uv add --frozen --dev kedro-viz types-requests", project)
+    commit_all(project, "Mine")
+    # The next version has another bound for each, and one more at the end of each list.
+    shipped = clone / "template/pyproject.toml.jinja"
+    text = re.sub(r'^  "[\w-]+.*>=', r"\g<0>0.", shipped.read_text(), flags=re.MULTILINE)
+    shipped.write_text(text.replace("  # Yours below", '  "rich>=13",\n  # Yours below'))
+    commit_all(clone, "Second version")
+    git(clone, "tag", "v0.2.0")
+
+    shell("uvx copier update --defaults", project)
+
+    assert git(project, "diff", "--name-only", "--diff-filter=U") == ""
+    added = (project / "pyproject.toml").read_text()
+    for name in ("altair", "numpy", "xgboost", "kedro-viz", "types-requests", "rich>=13"):
+        assert f'"{name}",' in added
+    assert '"mlflow>=0.3.9,<4",' in added
+    shell("uv remove --frozen altair numpy xgboost", project)  # which reads the file

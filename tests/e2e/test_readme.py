@@ -18,7 +18,7 @@ ENDS_WITH_CTRL_C = {"uv run kedro mlflow ui"}
 def test_every_command_of_the_readme_works(clone: Path, tmp_path: Path, shell: Shell) -> None:
     markdown = (clone / "README.md").read_text()
     commands = console_commands(markdown)
-    assert {"nox", "nox -s demo", "uvx copier update"} < set(commands)
+    assert {"nox", "nox -s demo", "uvx copier update --skip-answered"} < set(commands)
     # A machine with nothing but Python, git and pip.
     shell(f"{sys.executable} -m venv {tmp_path}/machine", tmp_path)
     path = f"{tmp_path}/machine/bin{os.pathsep}{os.environ['PATH']}"
@@ -42,12 +42,11 @@ def test_every_command_of_the_readme_works(clone: Path, tmp_path: Path, shell: S
         if command.startswith("cd "):
             folder = folder / command.removeprefix("cd ")
             continue
-        if command == "uvx copier update":
+        if command == "uvx copier update --skip-answered":
             folder = tmp_path / "session1" / "myproj"
             git(folder, "init", "--quiet")
             git(folder, "add", "--all")
             git(folder, "commit", "--quiet", "--message=Start")
-            command += " --defaults"  # instead of a person at the keyboard
         output[command] = shell(command, folder, PATH=path)
 
     table = output["nox -s demo"]

@@ -279,7 +279,7 @@ def validate(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Callab
     validator = worker.jinja_env.from_string(worker.template.questions_data[QUESTION]["validator"])
 
     def validate(name: str) -> str:
-        return validator.render({QUESTION: name})
+        return validator.render({QUESTION: name, "last_answers": {}})
 
     return validate
 
