@@ -19,7 +19,7 @@ nox.needs_version = ">=2025.5.1"
 nox.options.default_venv_backend = "uv"
 nox.options.reuse_venv = "yes"
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 # Tests wait for servers and processes a good part of their time: more of them than cores.
 WORKERS = f"--numprocesses={(os.cpu_count() or 1) + 2}"
 ENV = {
@@ -158,12 +158,7 @@ def demo(session: nox.Session) -> None:
     install(session, "copier")
     generate(session, project)
     # The project gets an environment of its own, not the session's.
-    own = {
-        "VIRTUAL_ENV": None,
-        "UV_PROJECT_ENVIRONMENT": None,
-        # Kedro has not caught up with a renamed function of OmegaConf.
-        "PYTHONWARNINGS": "ignore::UserWarning:kedro.config.omegaconf_config",
-    }
+    own = {"VIRTUAL_ENV": None, "UV_PROJECT_ENVIRONMENT": None}
     with session.chdir(project):
         session.run("uv", "sync", "--quiet", env=own, external=True)
         session.run("uv", "run", "kedro", "run", env=own, external=True)
@@ -174,8 +169,9 @@ def demo(session: nox.Session) -> None:
 def generate(session: nox.Session, project: Path, *answers: str) -> None:
     """Generate a project from this checkout, with what isn't committed yet."""
     data = [f"--data={answer}" for answer in answers]
+    # By its full path, which the project notes: an update finds it from anywhere.
     session.run(
-        "copier", "copy", "--quiet", "--defaults", "--vcs-ref=HEAD", *data, ".", str(project)
+        "copier", "copy", "--quiet", "--defaults", "--vcs-ref=HEAD", *data, str(HERE), str(project)
     )
 
 

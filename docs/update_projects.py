@@ -1,8 +1,9 @@
 """Update many projects from their templates: `python update_projects.py [--json] FOLDER…`.
 
-What Copier can merge is committed on a new branch, `template-<version>`. What needs a person is
-left on that branch, not committed; a project that can't be updated is left as it was. The exit
-status is 1 when any project needs a person. It takes Copier 9.15 or later, git, and nothing else.
+What Copier can merge is committed on a new branch, `template-<version>`, which all projects of a
+repository share. What needs a person is left on that branch, not committed; a project that can't
+be updated is left as it was. The exit status is 1 when any project needs a person. It takes Copier
+9.19.1 or later, git, and nothing else.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -32,7 +34,7 @@ class Outcome:
     """What became of a project."""
 
     project: str
-    status: str  # updated, nothing new, clash or refused
+    status: str  # updated, nothing new, waiting, clash or refused
     version: str
     what: str = ""
 
@@ -71,11 +73,22 @@ def update(project: Path, copier: list[str]) -> Outcome:
             return Outcome(project.name, "nothing new", found["current_version"])
         version = found["latest_version"]
         branch = f"template-{version}"
-        run(project, "git", "switch", "--quiet", f"--create={branch}")
+        base = run(project, "git", "branch", "--show-current").strip()
+        # Else a project before this one, in the same repository, has made it just now.
+        if base != branch:
+            if exists(project, branch):
+                what = f"{branch} is there already: merge it, then delete it"
+                return Outcome(project.name, "waiting", version, what)
+            run(project, "git", "switch", "--quiet", f"--create={branch}")
         try:
             run(project, *copier, "update", "--defaults", "--quiet")
+            if changed := changed_answers(project):
+                raise CommandError(f"answers would change: {', '.join(changed)}")
         except CommandError:
-            go_back(project, branch)
+            undo(project)
+            if base != branch:
+                run(project, "git", "switch", "--quiet", "-")
+                run(project, "git", "branch", "--quiet", "--delete", "--force", branch)
             raise
     except CommandError as error:
         return Outcome(project.name, "refused", version, str(error))
@@ -83,18 +96,36 @@ def update(project: Path, copier: list[str]) -> Outcome:
         if what := clashes(project, copier):
             return Outcome(project.name, "clash", version, what)
         run(project, "git", "add", "--all")
-        run(project, "git", "commit", "--quiet", f"--message=Update the template to {version}")
+        message = f"Update {project.name} to {version} of the template"
+        run(project, "git", "commit", "--quiet", f"--message={message}")
     except CommandError as error:  # of a hook, for instance
         return Outcome(project.name, "clash", version, f"not committed: {error}")
     return Outcome(project.name, "updated", version, branch)
 
 
-def go_back(project: Path, branch: str) -> None:
+def exists(project: Path, branch: str) -> bool:
+    """Check whether a branch is there, or on a remote as far as git knows."""
+    patterns = [f"refs/heads/{branch}", f"refs/remotes/*/{branch}"]
+    return bool(run(project, "git", "for-each-ref", *patterns))
+
+
+def changed_answers(project: Path) -> list[str]:
+    """Name the answers of the last commit that the update changes or drops."""
+    before = read_answers(run(project, "git", "show", f"HEAD:./{ANSWERS}"))
+    after = read_answers((project / ANSWERS).read_text("utf-8"))
+    return [name for name, answer in before.items() if after.get(name) != answer]
+
+
+def read_answers(text: str) -> dict[str, str]:
+    """Split the answers file at its keys; quotes and line ends of an answer don't count."""
+    entries = re.findall(r"^([a-z]\w*):(.*?)(?=^\S+:|\Z)", text, re.DOTALL | re.MULTILINE)
+    return {name: " ".join(answer.split()).strip("'\"") for name, answer in entries}
+
+
+def undo(project: Path) -> None:
     """Undo an update that was broken off; there was nothing that wasn't committed."""
     run(project, "git", "reset", "--quiet", "--hard")
     run(project, "git", "clean", "--quiet", "--force", "-d")
-    run(project, "git", "switch", "--quiet", "-")
-    run(project, "git", "branch", "--quiet", "--delete", "--force", branch)
 
 
 def clashes(project: Path, copier: list[str]) -> str:

@@ -38,7 +38,7 @@ def filled(text: str, values: dict[str, str]) -> str:
 def served(service: dict[str, Any], folder: Path, hosts: dict[str, str]) -> Iterator[str]:
     """Run the service `mlflow` of the file until the block ends; gives its address."""
     port = free_port()
-    words = " ".join(service["command"][1:]).replace("--port=5000", f"--port={port}")
+    words = " ".join(service["command"][1:]).replace("--port=5050", f"--port={port}")
     variables = {name: filled(str(value), WORDS) for name, value in service["environment"].items()}
     for name, host in hosts.items():
         words = words.replace(name, host)
@@ -92,9 +92,10 @@ def test_a_run_with_the_environment_for_docker_is_kept_by_the_services_of_compos
 
     with served(services["mlflow"], tmp_path, hosts) as address:
         config = dockered.path / "conf/docker/mlflow.yml"
-        assert "http://127.0.0.1:5000" in config.read_text()
-        config.write_text(config.read_text().replace("http://127.0.0.1:5000", address))
-        dockered.run(env="docker")
+        assert "http://127.0.0.1:${oc.env:MLFLOW_PORT, 5050}" in config.read_text()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("MLFLOW_PORT", address.rpartition(":")[2])
+            dockered.run(env="docker")
 
         dockered.tracking_uri = address
         run = check(dockered, tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 import sys
@@ -87,6 +88,35 @@ def test_the_example_is_tracked_from_raw_data_to_predictions(
     assert git(project, "status", "--porcelain") == f"M {nodes.relative_to(project)}"
 
 
+def test_a_new_project_warns_of_nothing_and_logs_one_line_for_each_event(
+    clone: Path, tmp_path: Path, shell: Shell
+) -> None:
+    project = tmp_path / "penguins"
+    shell(f"uvx copier copy --defaults '--data=extras=[console]' {clone} {project}", tmp_path)
+    shell("uv sync --quiet", project)
+
+    assert shell("uv run kedro run 2> log", project, COLUMNS="80") == ""
+    log = (project / "log").read_text()
+    # What Kedro says of itself and of a node with many inputs, and MLflow of its own, is longer.
+    kept = [
+        line for line in log.splitlines() if not re.search("Using sync|Running node|mlflow", line)
+    ]
+    assert "INFO     Completed 7 out of 7 tasks" in kept
+    assert [
+        line for line in kept if not re.match("INFO     |Successfully|Created version", line)
+    ] == []
+    assert max(len(line) for line in kept) <= 80
+
+    listed = shell("uv run kedro mlflow runs --json 2>> log", project)
+    assert [run["status"] for run in json.loads(listed)] == ["FINISHED"]
+    log += shell("uv run pytest", project)
+    log += shell("echo exit | uv run kedro ipython", project)
+    ui = "uv run kedro mlflow ui".split()
+    with running(ui, project, env=environment(), end=signal.SIGINT) as lines:
+        log += "".join(lines)
+    assert re.findall(r".*(?:W(?i:arning)|[Dd]eprecat|warnings? summary).*", log) == []
+
+
 @pytest.mark.parametrize(
     "answers",
     [
@@ -118,6 +148,10 @@ def test_a_new_project_passes_its_own_tests_and_checks(
     shell("uv run pre-commit run --all-files", project)
 
     assert git(project, "diff", "--name-only") == ""
+    # The first commit, with what checks it.
+    shell("uv run pre-commit install", project)
+    commit_all(project, "Start")
+    assert git(project, "ls-files", "uv.lock") == "uv.lock"
     assert not (project / "mlflow.db").exists()
     # With these three all that CI runs, without a server and without secrets.
     shell(f"uv run kedro run {'--env=test' if (project / 'conf/test').exists() else ''}", project)
@@ -147,9 +181,19 @@ def test_every_command_of_a_projects_readme_works(
             continue  # asked while it was served
         elif command == "uv run kedro mlflow ui":
             _look_at_the_pages(command, project)
-        elif command == "uvx copier update":
+        elif command.endswith("kedro jupyter lab"):
+            options = ["--no-browser", "--allow-root"]
+            with running(
+                [*command.split(), *options],
+                project,
+                ready="is running at",
+                env=environment(),
+                end=signal.SIGTERM,
+            ):
+                pass
+        elif command == "uvx copier update --skip-answered":
             commit_all(project, "Lock")
-            shell(f"{command} --defaults", project)
+            shell(command, project)
             assert git(project, "status", "--porcelain") == ""
         elif not any(command.startswith(start) for start in with_pip):
             shell(command, project)
@@ -202,7 +246,8 @@ def test_an_update_brings_what_is_new_and_keeps_what_the_user_did(
     runtime = clone / "template/src/{{ package_name }}/runtime"
     (runtime / "hooks.py").write_text((runtime / "hooks.py").read_text() + "\n# new\n")
     (runtime / "added.py").write_text('"""New."""\n')
-    for name in ("README.md.jinja", "conf/base/parameters.yml.jinja", "conf/local/credentials.yml"):
+    owned = ["{{ instructions }}.md.jinja", "conf/base/parameters.yml.jinja"]
+    for name in [*owned, "conf/local/credentials.yml"]:
         with (clone / "template" / name).open("a") as file:
             file.write("# new\n")
     shipped = clone / "template/conf/base/mlflow.yml.jinja"
@@ -247,3 +292,29 @@ def test_a_clash_leaves_markers_that_the_projects_hook_refuses(
     git(project, "add", "--all")
     refused = shell("uvx pre-commit run merge-conflicts", project, status=1)
     assert "settings.py" in refused
+
+
+def test_what_uv_adds_does_not_clash_with_what_the_template_changes(
+    clone: Path, tmp_path: Path, shell: Shell
+) -> None:
+    project = tmp_path / "my_project"
+    shell(f"uvx copier copy --defaults {clone} {project}", tmp_path)
+    git(project, "init", "--quiet")
+    shell("uv add --frozen altair numpy xgboost", project)
+    shell("uv add --frozen --dev kedro-viz types-requests", project)
+    commit_all(project, "Mine")
+    # The next version has another bound for each, and one more at the end of each list.
+    shipped = clone / "template/pyproject.toml.jinja"
+    text = re.sub(r'^  "[\w-]+.*>=', r"\g<0>0.", shipped.read_text(), flags=re.MULTILINE)
+    shipped.write_text(text.replace("  # Yours below", '  "rich>=13",\n  # Yours below'))
+    commit_all(clone, "Second version")
+    git(clone, "tag", "v0.2.0")
+
+    shell("uvx copier update --defaults", project)
+
+    assert git(project, "diff", "--name-only", "--diff-filter=U") == ""
+    added = (project / "pyproject.toml").read_text()
+    for name in ("altair", "numpy", "xgboost", "kedro-viz", "types-requests", "rich>=13"):
+        assert f'"{name}",' in added
+    assert '"mlflow>=0.3.9,<4",' in added
+    shell("uv remove --frozen altair numpy xgboost", project)  # which reads the file

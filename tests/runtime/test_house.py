@@ -140,6 +140,8 @@ def test_a_metric_dataset_brings_only_the_base_of_datasets_and_the_handle() -> N
         "tracking.active",
         "stores.server",
         "stores.embedded",
+        "stores.moving",
+        "stores.schema",
         "stores.credentials",
         "stores.errors",
         "extras",

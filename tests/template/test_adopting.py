@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,34 @@ def test_answers_say_how_an_adopting_projects_runs_are_tracked(
     config = yaml.safe_load((project / "conf/base/mlflow.yml").read_text("utf-8"))
     assert config["server"]["mlflow_tracking_uri"] == address
     assert config["tracking"]["experiment"]["name"] == "flights"
+
+
+@pytest.mark.parametrize("package", ["FlightDelays", "f" * 45, "_flights"])
+def test_a_package_that_is_there_keeps_its_name(
+    generate: Generate, project: Path, tmp_path: Path, package: str
+) -> None:
+    (project / "src/flights").rename(project / "src" / package)
+    # Brackets in a path are no pattern.
+    folder = project.rename(tmp_path / "work [1]")
+    before = files(folder)
+
+    generate(folder, adopt=True)
+
+    assert f"src/{package}/cli.py" in added(folder, before)
+    assert (folder / "src" / package / "runtime/VERSION").exists()
+
+
+def test_an_adopting_project_may_say_which_of_its_packages_it_is(
+    generate: Generate, project: Path
+) -> None:
+    shutil.copytree(project / "src/flights", project / "src/Airports")
+    before = files(project)
+
+    generate(project, adopt=True, package_name="Airports")
+
+    assert "src/Airports/cli.py" in added(project, before)
+    with pytest.raises(ValueError, match="A package name has lower-case letters"):
+        generate(project, adopt=True, package_name="Trains")
 
 
 def test_a_new_project_hears_nothing_of_adopting(generate: Generate, tmp_path: Path) -> None:

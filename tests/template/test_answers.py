@@ -104,6 +104,8 @@ def test_the_readme_lists_every_question_and_its_choices() -> None:
         name: question
         for name, question in yaml.safe_load((REPOSITORY / "copier.yml").read_text("utf-8")).items()
         if not name.startswith("_")
+        and not question.get("secret")
+        and question.get("when") is not False
     }
     readme = (REPOSITORY / "README.md").read_text("utf-8")
     rows = dict(re.findall(r"^\| `([a-z_]+)` \| (.*) \|$", readme, flags=re.MULTILINE))

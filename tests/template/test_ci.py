@@ -52,6 +52,16 @@ def test_github_runs_the_linters_the_tests_and_a_tracked_run(github: Path) -> No
     assert [command for command in commands if command != "pip install uv"] == COMMANDS
 
 
+def test_github_checks_pushes_to_the_default_branch_whatever_it_is_called(github: Path) -> None:
+    workflow = yaml.safe_load((github / GITHUB).read_text("utf-8"))
+    events = workflow[True]  # `on` is true in YAML 1.1
+
+    assert events["push"] is None
+    assert {job["if"] for job in workflow["jobs"].values()} == {
+        "github.event_name != 'push' || github.ref_name == github.event.repository.default_branch"
+    }
+
+
 def test_gitlab_runs_the_linters_the_tests_and_a_tracked_run(gitlab: Path) -> None:
     commands = commands_of_gitlab(gitlab)
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 import yaml
 from kedro.config import OmegaConfigLoader
+from omegaconf.resolvers import oc
 
 from runtime.config.keys import MlflowConfig
 
@@ -94,6 +95,7 @@ def merged(project: Project, environment: str) -> MlflowConfig:
         default_run_env="local",
         config_patterns={"mlflow": ["mlflow*.y*ml", "**/mlflow*.y*ml"]},
         merge_strategy={"mlflow": "soft"},
+        custom_resolvers={"oc.env": oc.env},
     )
     return MlflowConfig.model_validate(loader["mlflow"])
 
@@ -163,7 +165,7 @@ def test_the_tests_of_a_project_use_no_server_no_secrets_and_no_store(
 def test_the_services_of_compose_have_runs_models_and_files(project: Project) -> None:
     config = merged(project, "docker")
 
-    assert config.server.mlflow_tracking_uri == "http://127.0.0.1:5000"
+    assert config.server.mlflow_tracking_uri == "http://127.0.0.1:5050"
     assert config.server.mlflow_registry_uri is None
     assert config.server.credentials is None
     assert config.tracking.experiment.name == "penguin_study"

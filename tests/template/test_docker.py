@@ -69,6 +69,16 @@ def test_a_change_of_the_code_leaves_the_layer_with_the_dependencies(
     assert before == [["--from=uv", "/uv"], ["pyproject.toml", "uv.lock*"]]
 
 
+def test_the_image_is_built_from_the_package_index_that_an_argument_names(
+    project: Path, instructions: list[str], services: dict[str, dict[str, Any]]
+) -> None:
+    first_install = next(i for i, line in enumerate(instructions) if "uv sync" in line)
+
+    assert "ARG UV_DEFAULT_INDEX" in instructions[:first_install]
+    assert services["project"]["build"]["args"] == ["UV_DEFAULT_INDEX"]
+    assert "# UV_DEFAULT_INDEX=" in (project / ".env.example").read_text("utf-8")
+
+
 def test_the_project_starts_by_its_own_command(project: Path, instructions: list[str]) -> None:
     assert instructions[-1] == 'ENTRYPOINT ["penguin-study"]'
     assert 'penguin-study = "penguin_study.__main__:main"' in (
@@ -108,6 +118,7 @@ def test_neither_secrets_nor_data_go_to_the_image(generate: Generate, tmp_path: 
         "conf/base/parameters.yml",
         "conf/docker/mlflow.yml",
         "conf/local/.gitkeep",
+        "conf/logging.yml",
         "conf/prod/mlflow.yml",
         "pyproject.toml",
         "uv.lock",
@@ -186,7 +197,7 @@ def test_only_this_machine_reaches_the_server_and_nobody_what_is_behind_it(
 ) -> None:
     ports = {name: service["ports"] for name, service in services.items() if "ports" in service}
 
-    assert ports == {"mlflow": ["127.0.0.1:5000:5000"]}
+    assert ports == {"mlflow": ["127.0.0.1:${MLFLOW_PORT:-5050}:5050"]}
 
 
 def test_what_the_services_keep_is_in_volumes(project: Path) -> None:

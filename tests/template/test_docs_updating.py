@@ -41,9 +41,10 @@ def run(command: str, folder: Path, status: int = 0) -> str:
 
 
 def block(word: str) -> str:
-    """Find the only block with a word in it; nobody is there to answer questions."""
+    """Find the only block with a word in it."""
+    found: str
     (found,) = [block for block in BLOCKS if word in block]
-    return re.sub(r"^copier update$", "copier update --defaults", found, flags=re.MULTILINE)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,7 @@ def repository(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     git(folder, "init", "--quiet")
     tag(folder, "v0.1.0")
     append(folder / "template/src/{{ package_name }}/runtime/hooks.py", "# New.")
-    append(folder / "template/README.md.jinja", "New.")
+    append(folder / "template/{{ instructions }}.md.jinja", "New.")
     tag(folder, "v0.2.0")
     return folder
 
@@ -104,7 +105,7 @@ def test_the_guide_names_the_owners_files() -> None:
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A template in two versions; the second changes one file and takes one away."""
+    """A template in two versions; the second changes a file, takes one away, and refuses a name."""
     folder = tmp_path_factory.mktemp("small") / "small"
     (folder / "template").mkdir(parents=True)
     (folder / "copier.yml").write_text(
@@ -119,6 +120,8 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tag(folder, "v1.0.0")
     replace(folder / "template/lines.txt", "\n15\n", "\n15 theirs\n")
     (folder / "template/taken.txt").unlink()
+    refusing = """another, validator: "{{ 'No.' if name == 'renamed' }}\""""
+    replace(folder / "copier.yml", "'{{ _folder_name }}'", refusing)
     tag(folder, "v2.0.0")
     return folder
 
@@ -135,8 +138,9 @@ def make(small: Path, tmp_path: Path) -> Make:
         copier.run_copy(str(small), project, vcs_ref="v1.0.0", defaults=True, quiet=True)
         for file, (old, new) in lines.items():
             replace(project / f"{file}.txt", old, new)
-        git(project, "init", "--quiet")
-        commit(project)
+        if not (project.parent / ".git").exists():
+            git(project, "init", "--quiet")
+            commit(project)
         return project
 
     return make
@@ -216,6 +220,74 @@ def test_the_script_goes_on_with_what_is_left_and_branches_can_be_pushed(
     ]
     run(block("git -C"), tmp_path)
     assert "template-2.0.0" in git(tmp_path / "origin", "branch")
+
+
+def update_projects(folder: Path, status: int = 0) -> dict[str, tuple[str, str]]:
+    """Run the script on all projects; gives the status of each, and what is said of it."""
+    script = f"python {SCRIPT} --json --copier='{sys.executable} -m copier' projects/*"
+    outcomes = json.loads(run(script, folder, status))
+    return {outcome["project"]: (outcome["status"], outcome["what"]) for outcome in outcomes}
+
+
+def test_the_script_refuses_an_update_that_changes_an_answer(make: Make, tmp_path: Path) -> None:
+    project = make("renamed")
+    branches = git(project, "branch")
+
+    outcomes = update_projects(tmp_path, status=1)
+
+    assert outcomes == {"renamed": ("refused", "answers would change: name")}
+    assert git(project, "branch") == branches
+    assert git(project, "status", "--porcelain") == ""
+    assert "name: renamed" in (project / ".copier-answers.yml").read_text()
+
+
+def test_the_script_updates_the_projects_of_a_repository_on_one_branch(
+    make: Make, tmp_path: Path
+) -> None:
+    repository = tmp_path / "projects"
+    repository.mkdir()
+    git(repository, "init", "--quiet", "--initial-branch=main")
+    for name in ("a", "b", "renamed", "x"):
+        make(name)
+    make("clashing", lines=("\n15\n", "\n15 mine\n"))
+    commit(repository)
+    updated = ("updated", "template-2.0.0")
+    not_committed = ("refused", "there are changes that are not committed")
+
+    assert update_projects(tmp_path, status=1) == {
+        "a": updated,
+        "b": updated,
+        "clashing": ("clash", "both changed: lines.txt"),
+        "renamed": not_committed,
+        "x": not_committed,
+    }
+    (repository / "clashing/lines.txt").write_text("resolved\n")
+    commit(repository)
+    nothing = ("nothing new", "")
+    assert update_projects(tmp_path, status=1) == {
+        "a": nothing,
+        "b": nothing,
+        "clashing": nothing,
+        "renamed": ("refused", "answers would change: name"),
+        "x": updated,
+    }
+    assert git(repository, "branch", "--show-current").strip() == "template-2.0.0"
+    assert len(git(repository, "log", "--format=%s", "main..").splitlines()) == 4
+    assert git(repository, "status", "--porcelain") == ""
+
+
+def test_the_script_leaves_a_project_alone_whose_branch_waits_for_review(
+    make: Make, tmp_path: Path
+) -> None:
+    project = make("penguins")
+    git(tmp_path, "clone", "--quiet", str(project), "clone")
+    update_projects(tmp_path)
+    git(project, "switch", "--quiet", "-")
+    git(tmp_path / "clone", "fetch", "--quiet")
+    (tmp_path / "clone").rename(tmp_path / "projects/clone")
+    waiting = ("waiting", "template-2.0.0 is there already: merge it, then delete it")
+
+    assert update_projects(tmp_path) == {"clone": waiting, "penguins": waiting}
 
 
 def test_an_update_ends_with_the_statuses_that_the_guide_names(make: Make, small: Path) -> None:

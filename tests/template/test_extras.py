@@ -107,7 +107,7 @@ def test_a_command_of_an_extra_is_there_or_says_how_to_get_it(
 
 def how_to_add(missing: str, extras: tuple[str, ...]) -> str:
     wanted = ", ".join(sorted([*extras, missing]))
-    return f"uvx copier update --vcs-ref :current: --data extras='[{wanted}]'"
+    return f"uvx copier update --vcs-ref :current: --defaults --data extras='[{wanted}]'"
 
 
 @pytest.fixture(scope="module")

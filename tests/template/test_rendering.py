@@ -28,6 +28,7 @@ conf/base/mlflow.yml
 conf/base/parameters.yml
 conf/local/.gitkeep
 conf/local/credentials.yml
+conf/logging.yml
 conf/prod/mlflow.yml
 data/01_raw/.gitkeep
 data/02_intermediate/.gitkeep
@@ -60,9 +61,12 @@ src/penguin_study/pipelines/inference/pipeline.py
 src/penguin_study/pipelines/training/__init__.py
 src/penguin_study/pipelines/training/nodes.py
 src/penguin_study/pipelines/training/pipeline.py
-tests/pipelines/test_data_processing.py
-tests/pipelines/test_inference.py
-tests/pipelines/test_training.py
+tests/pipelines/data_processing/__init__.py
+tests/pipelines/data_processing/test_pipeline.py
+tests/pipelines/inference/__init__.py
+tests/pipelines/inference/test_pipeline.py
+tests/pipelines/training/__init__.py
+tests/pipelines/training/test_pipeline.py
 """.split()
 
 WITHOUT_EXAMPLE = """

@@ -69,10 +69,13 @@ def terminal(template: Path, folder: Path, *options: str) -> Iterator[Terminal]:
     assert asked.exitstatus == 0
 
 
-def command_line(template: Path, folder: Path, *options: str, status: int = 0) -> str:
+def command_line(
+    template: Path, folder: Path, *options: str, status: int = 0, quiet: bool = True
+) -> str:
     """Run `copier copy` where nobody can be asked; gives what it says of mistakes."""
+    options += ("--quiet",) * quiet
     done = subprocess.run(
-        [sys.executable, "-m", "copier", "copy", "--quiet", *options, str(template), "project"],
+        [sys.executable, "-m", "copier", "copy", *options, str(template), "project"],
         cwd=folder,
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -276,9 +279,12 @@ def test_a_folder_keeps_the_files_that_it_had(
     }
     write(tmp_path / "project", theirs)
 
-    command_line(template, tmp_path, *ON_THE_COMMAND_LINE["--data"])
+    output = command_line(template, tmp_path, *ON_THE_COMMAND_LINE["--data"], quiet=False)
 
-    assert without_answers(tmp_path / "project") == {**expected, **theirs}
+    # The instructions arrive all the same, and it is said where they are.
+    instructions = {"INSTRUCTIONS.md": expected["README.md"]}
+    assert without_answers(tmp_path / "project") == {**expected, **theirs, **instructions}
+    assert "INSTRUCTIONS.md says how to work with the project" in output
 
 
 def test_a_file_in_the_way_is_asked_about_in_a_terminal(

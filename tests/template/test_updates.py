@@ -29,7 +29,7 @@ Answers = dict[str, Any]
 ANSWERS_FILE = ".copier-answers.yml"
 # What belongs to the project's owner from the start; docs/updating.md says the same in words.
 OWNED = re.compile(
-    r"README\.md|conf/[^/]+/(catalog|parameters)[^/]*\.yml"
+    r"README\.md|conf/logging\.yml|conf/[^/]+/(catalog|parameters)[^/]*\.yml"
     r"|(conf/local|data|notebooks|src/[^/]+/pipelines|tests/pipelines)/.+"
 )
 # What is there for one choice goes when it is switched off, with whatever was changed in it:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from pathlib import Path
 
+import copier
 import pytest
 
 from ..conftest import Generate
+from ..support.versions import append, tag
 from .conftest import git
 
 WRITTEN = """
@@ -88,3 +92,55 @@ def test_new_sources_are_not_ignored(project: Path) -> None:
         (project / name).write_bytes(b"written\n")
 
     assert len(git(project, "status", "--short", "--untracked-files=all").splitlines()) == 4
+
+
+def test_a_pipeline_may_be_called_as_anything_that_git_ignores(project: Path) -> None:
+    names = set(re.findall(r"[a-z][a-z_]*[a-z]", (project / ".gitignore").read_text()))
+    assert {"build", "dist", "mlruns", "sessions", "credentials"} < names
+
+    # What `kedro pipeline create` writes.
+    written = [
+        file.format(name)
+        for name in sorted(names)
+        for file in (
+            "conf/base/parameters_{}.yml",
+            "src/penguin_study/pipelines/{}/__init__.py",
+            "tests/pipelines/{}/test_pipeline.py",
+        )
+    ]
+    for name in written:
+        (project / name).parent.mkdir(parents=True, exist_ok=True)
+        (project / name).touch()
+
+    untracked = git(project, "ls-files", "--others", "--exclude-standard").splitlines()
+    assert set(written) <= set(untracked)
+
+
+def test_an_update_of_a_checkout_with_other_line_ends_shows_what_has_changed(
+    template: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(template, tmp_path / "km-template")
+    git(tmp_path / "km-template", "init", "--quiet")
+    tag(tmp_path / "km-template", "v1.0.0")
+    copier.run_copy(str(tmp_path / "km-template"), tmp_path / "project", defaults=True, quiet=True)
+    git(tmp_path / "project", "init", "--quiet")
+    git(tmp_path / "project", "add", "--all")
+    git(tmp_path / "project", "commit", "--quiet", "--message=Generate the project")
+    append(tmp_path / "km-template/template/.telemetry", "# New.")
+    tag(tmp_path / "km-template", "v2.0.0")
+    checkout = tmp_path / "checkout"
+    git(tmp_path, "clone", "--quiet", "--config=core.autocrlf=true", "project", checkout.name)
+
+    copier.run_update(checkout, defaults=True, overwrite=True, quiet=True)
+
+    assert git(checkout, "status", "--short") == " M .copier-answers.yml\n M .telemetry\n"
+
+
+def test_data_keeps_its_line_ends(project: Path) -> None:
+    (project / "data/table.csv").write_bytes(b"1\r\n2\r\n")
+    git(project, "add", "--force", "data/table.csv")
+    git(project, "commit", "--quiet", "--message=Data")
+    (project / "data/table.csv").unlink()
+    git(project, "restore", "data/table.csv")
+
+    assert (project / "data/table.csv").read_bytes() == b"1\r\n2\r\n"

@@ -43,6 +43,7 @@ def shipped(repository: Path, version: str) -> set[str]:
     jinja = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False)
     fixed: dict[str, Any] = {
         "package_name": "penguin_study",
+        "instructions": "README",
         "_copier_conf": {"answers_file": ".copier-answers.yml"},
     }
     listed = git(repository, "ls-tree", "-r", "-z", "--name-only", f"{version}:template")

@@ -68,6 +68,10 @@ TAKEN = (
     '"{}" is the name of something that the project installs or contains: '
     "choose another package name."
 )
+WANTED = (
+    '"{}" is the name of a package that the project could then not install: '
+    "choose another package name."
+)
 ADDRESS = "starts with http:// or https://"
 EMAIL = "An e-mail address looks like name@example.org"
 ONE_LINE = "is one line of text"
@@ -231,6 +235,11 @@ def test_a_location_that_the_store_has_not_gets_one_sentence_and_nothing_is_writ
             "kedro",
             TAKEN.format("kedro"),
         ),
+        (
+            "package_name",
+            "xgboost",
+            WANTED.format("xgboost"),
+        ),
         ("project_name", "", "The project needs a name."),
         (
             "author_email",
@@ -270,7 +279,7 @@ def validate(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Callab
     validator = worker.jinja_env.from_string(worker.template.questions_data[QUESTION]["validator"])
 
     def validate(name: str) -> str:
-        return validator.render({QUESTION: name})
+        return validator.render({QUESTION: name, "last_answers": {}})
 
     return validate
 
@@ -279,6 +288,13 @@ def test_a_good_package_name_is_not_refused(validate: Callable[[str], str]) -> N
     good = "penguins penguin_study p x2 my_project mlflow_study kedro2 classes jsons".split()
 
     assert {name: validate(name) for name in good} == dict.fromkeys(good, "")
+
+
+@pytest.mark.parametrize("name", ["xgboost", "scikit_learn", "torch", "notebook"])
+def test_no_package_that_a_project_may_want_is_a_package_name(
+    validate: Callable[[str], str], name: str
+) -> None:
+    assert validate(name) == WANTED.format(name)
 
 
 def test_no_module_of_this_python_is_a_package_name(validate: Callable[[str], str]) -> None:

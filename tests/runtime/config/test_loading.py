@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
@@ -425,6 +426,23 @@ def test_the_environment_variable_names_the_server_when_mlflow_yml_does_not(
     project.tracking_uri = elsewhere
     experiment = project.client.get_experiment(project.only_run().info.experiment_id)
     assert experiment.artifact_location == (tmp_path / "mlartifacts").as_uri()
+
+
+def test_a_run_does_not_warn_of_what_kedro_calls_and_hides_no_other_warning(
+    project: Project,
+) -> None:
+    mine = "register_new_resolver() is mine"
+    warned = f"def double(x):\n    import warnings\n    warnings.warn({mine!r})"
+    project.pipeline(ONE_NODE.replace("def double(x):", warned))
+    project.parameters({"x": 1})
+    bootstrap_project(project.path)
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        project.run()
+
+    said = [str(warning.message) for warning in caught]
+    assert [text for text in said if "register_new_resolver" in text] == [mine]
 
 
 def test_an_environment_changes_single_keys(project: Project) -> None:

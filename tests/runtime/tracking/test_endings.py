@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import select
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from runtime.tracking.ending import MARKERS
+from runtime.stores.server import Server
+from runtime.tracking.ending import MARKERS, where_to_look
+from runtime.tracking.handle import RunHandle
 from runtime.tracking.process import Process, mark, this_process
 
 from ...support.forks import Fork
-from ...support.projects import Project
+from ...support.projects import ONE_NODE, Project
+from ...support.servers import CountingProxy
 
 THOROUGH = pytest.mark.thorough
 
@@ -136,6 +141,53 @@ def main_and_child(project: Project) -> tuple[Run, Run | None]:
 
 
 @pytest.mark.parametrize(("runner", "start_method"), RUNNERS)
+def last_lines(project: Project, *options: str) -> list[str]:
+    """What a run that succeeds logs at its end, in a terminal of 80 columns."""
+    project.pipeline(ONE_NODE)
+    project.parameters({"x": 1})
+    ended = project.kedro("run", *options, COLUMNS="80")
+    assert (ended.returncode, ended.stdout) == (0, "")
+    return ended.stderr.splitlines()[-2:]
+
+
+@pytest.mark.parametrize("options", [[], ["--env=prod"]])
+def test_the_last_lines_of_a_run_say_how_it_ended_and_where_to_look(
+    project: Project, options: list[str]
+) -> None:
+    ending, look = last_lines(project, *options)
+
+    assert re.fullmatch(r"INFO     MLflow run '__default__' FINISHED after \d+\.\d s", ending)
+    assert look == " ".join(["INFO     Look at it: kedro mlflow ui", *options])
+
+
+def test_the_last_line_of_a_run_on_a_server_is_the_address_of_its_page(
+    new_project: Callable[..., Project], server: CountingProxy
+) -> None:
+    address = server.uri.replace("//", "//ada:t0p@")
+    project = new_project(tracking_backend="server", tracking_uri=server.uri)
+    project.mlflow_yml(f"server: {{mlflow_tracking_uri: '{address}/'}}")
+
+    _, look = last_lines(project)
+
+    address, _, page = look.removeprefix("INFO     Look at it: ").partition("/#/")
+    assert address == server.uri
+    _, experiment_id, _, run_id = page.split("/")
+    run = MlflowClient(server.uri).get_run(run_id)
+    assert page == f"experiments/{experiment_id}/runs/{run_id}"
+    assert run.info.experiment_id == experiment_id
+
+
+def test_the_page_of_a_run_on_databricks_is_in_its_workspace(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("DATABRICKS_HOST", "https://adb-1.azuredatabricks.net/")
+    run = RunHandle(Server("databricks", "databricks-uc"), "ab12", "7", artifact_uri="")
+
+    page = where_to_look(run, None)
+
+    assert page == "https://adb-1.azuredatabricks.net/ml/experiments/7/runs/ab12"
+
+
 def test_a_failing_node_fails_the_run_and_says_why(
     project: Project, runner: str, start_method: str
 ) -> None:

@@ -166,6 +166,7 @@ def open_run(
             tags={**tags, **long},
             variables={**unset, **variables},
             project_path=context.project_path,
+            env=context.env,
         )
     except SettingError as error:
         raise mistake(context, error.key, secrets.hide_in(str(error))) from error

@@ -81,7 +81,7 @@ def load(extra: str, module: str, asked_for: str) -> Any:
 def hint(extra: str, asked_for: str) -> str:
     """Return the sentence on how to get an extra."""
     extras = ", ".join(sorted([*present(), extra]))
-    command = f"uvx copier update --vcs-ref :current: --data extras='[{extras}]'"
+    command = f"uvx copier update --vcs-ref :current: --defaults --data extras='[{extras}]'"
     return f"{asked_for} comes with the extra `{extra}`: `{command}`"
 
 

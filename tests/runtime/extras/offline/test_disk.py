@@ -7,7 +7,6 @@ import shutil
 import sqlite3
 from dataclasses import replace
 from pathlib import Path
-from urllib.parse import quote
 
 import mlflow
 import pytest
@@ -15,7 +14,7 @@ from mlflow import MlflowClient
 from mlflow.entities import ViewType
 
 from runtime.offline import disk as disks
-from runtime.offline.disk import Disk, DiskError, disk_of, ended_families, families
+from runtime.offline.disk import FOLDER, Disk, DiskError, disk_of, ended_families, families
 from runtime.offline.hook import replay_after_run
 from runtime.offline.replay import delete, files_in, files_of_family, replay, replaying
 from runtime.stores.server import Server
@@ -94,17 +93,16 @@ def test_a_truncated_store_is_named(disk: Disk) -> None:
         disk.client()
 
 
-def test_a_store_of_another_version_of_mlflow_is_named(disk: Disk) -> None:
+def test_a_store_of_a_newer_mlflow_is_named(disk: Disk) -> None:
     file = disk.folder / "mlflow.db"
     with sqlite3.connect(file) as connection:
-        connection.execute("UPDATE alembic_version SET version_num = '97727af70f4d'")
+        connection.execute("UPDATE alembic_version SET version_num = 'ffffffffffff'")
     connection.close()
 
-    with pytest.raises(DiskError, match="another version of MLflow") as told:
+    with pytest.raises(DiskError, match=r"newer MLflow .*: update mlflow in this project") as told:
         disk.client()
 
     assert str(file) in told.value.message
-    assert f"mlflow db upgrade {disk.uri}" in told.value.message
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
@@ -118,14 +116,21 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     assert str(disk.folder) in told.value.message
 
 
-@pytest.mark.parametrize("form", ["{root}/run/artifacts", "{root}/a%20b/artifacts"])
-def test_files_are_found_in_a_project_that_was_moved(disk: Disk, form: str) -> None:
-    root = f"file:///somewhere/else/.mlflow-offline/{quote(disk.folder.name)}/artifacts"
+@pytest.mark.parametrize("name", ["run", "a b", "job%2Ffeature"])
+def test_files_are_found_in_a_project_that_was_moved(
+    disk: Disk, experiment: str, tmp_path: Path, name: str
+) -> None:
+    run_id = disk.client().create_run(experiment).info.run_id
+    disk.client().log_text(run_id, "Adelie", f"{name}.txt")
+    moved = replace(disk, folder=tmp_path / name / FOLDER / disk.folder.name)
+    moved.folder.parent.mkdir(parents=True)
+    shutil.move(disk.folder, moved.folder)
 
-    found = disk.files(form.format(root=root))
+    found = moved.files(moved.client().get_run(run_id).info.artifact_uri)
 
-    assert found.parent.name in ("run", "a b")
-    assert found.parent.parent == disk.artifacts
+    assert found == moved.artifacts / run_id / "artifacts"
+    assert (found / f"{name}.txt").read_text() == "Adelie"
+    assert not disk.folder.exists()
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from kedro.framework.cli.utils import env_option
 from kedro.framework.startup import ProjectMetadata
 
 from ..config.loading import read_credentials
-from ..config.uris import is_database, is_http, shown_uri
+from ..config.uris import is_database, is_http, without_login
 from ..extras import load
 from ..stores import credentials
 from ..stores.embedded import prepare
@@ -56,7 +56,7 @@ def ui(
             with credentials.exporting(variables), with_explained_errors(context, variables):
                 prepare(server.tracking_uri, location, metadata.project_path)
     if not is_database(server.tracking_uri):
-        page = shown_uri(server.tracking_uri).replace("//***@", "//")
+        page = without_login(server.tracking_uri)
         click.echo(f"The runs are on {page}")
         if is_http(page):
             click.launch(page)
@@ -70,6 +70,11 @@ def ui(
     # MLflow starts eight more processes for the jobs of a team's server: not unless asked to.
     jobs = "MLFLOW_SERVER_ENABLE_JOB_EXECUTION"
     variables.setdefault(jobs, os.environ.get(jobs, "false"))
+    # It starts with a warning of Starlette on MLflow 3.17's own code.
+    ignored = "ignore:starlette.middleware.wsgi is deprecated"
+    variables["PYTHONWARNINGS"] = ",".join(
+        filter(None, [os.environ.get("PYTHONWARNINGS"), ignored])
+    )
     click.echo(f"MLflow's pages: http://{host}:{port} (Ctrl-C ends them)")
     # One process is enough for one reader, and is there sooner than MLflow's usual four.
     options = ["--host", host, "--port", str(port), "--workers", "1"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from threading import RLock
 from typing import Any
 
@@ -21,10 +22,23 @@ class ConfigLoader(OmegaConfigLoader):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         with _lock:
+            _ignore_deprecation_in_kedro()
             super().__init__(*args, **kwargs)
 
     def __getitem__(self, key: str) -> dict[str, Any]:
         """Load what the files of a kind of configuration say, with this loader's resolvers."""
         with _lock:
+            _ignore_deprecation_in_kedro()
             _kedro.use_globals_of(self)  # Kedro registers that of runtime_params itself
             return super().__getitem__(key)
+
+
+def _ignore_deprecation_in_kedro() -> None:
+    """Don't warn that Kedro 1.7 registers resolvers with what OmegaConf 2.4 deprecates.
+
+    For good and each time: pytest takes filters back after each test, and `catch_warnings` would
+    do so with those of other threads.
+    """
+    warnings.filterwarnings(
+        "ignore", r"register_new_resolver\(\)", module=r"kedro\.config\.omegaconf_config"
+    )

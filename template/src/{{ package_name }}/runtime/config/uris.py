@@ -42,6 +42,11 @@ def shown_uri(uri: str) -> str:
     return re.sub(r"//[^/?#]*@", "//***@", uri)
 
 
+def without_login(uri: str) -> str:
+    """Return an address without a user and password in it, for a browser."""
+    return shown_uri(uri).replace("//***@", "//")
+
+
 def is_http(uri: str) -> bool:
     """Check whether a tracking URI names a server that is reached by HTTP."""
     return uri.startswith(("http://", "https://"))

@@ -136,5 +136,5 @@ def _only_output_on_stdout() -> Iterator[None]:
 
 
 def _write_json(content: Any) -> None:
-    # On one line, for `tail -n 1`: Kedro writes to stdout by itself before any command.
+    # On one line, for `tail -n 1`: without conf/logging.yml Kedro has written to stdout before.
     click.echo(json.dumps(content, ensure_ascii=False))

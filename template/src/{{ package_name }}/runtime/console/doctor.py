@@ -33,9 +33,9 @@ from ..stores.moving import follow, origin_of
 from ..stores.project import register_header_provider
 from ..stores.schema import Schema, can_migrate, check_schema, read_schema
 from ..stores.server import Server, checked, experiment_id
-from ..tracking.ending import MARKERS, end_killed
+from ..tracking.ending import MARKERS, duration_in_words, end_killed
 from ..tracking.process import Process, orphans, this_process, unmark
-from .showing import count, duration_in_words
+from .showing import count
 from .store import IMPATIENT
 
 if TYPE_CHECKING:

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..cli.tables import new_table, width_of
+from ..tracking.ending import duration_in_words
 from .runs import Details, common_metrics, differences, duration_of, pipeline_of, shown_tags
 
 if TYPE_CHECKING:
@@ -221,15 +222,6 @@ def _age(run: Run, now: float) -> str:
 def _duration(run: Run, now: float) -> str:
     text = duration_in_words(duration_of(run, now))
     return text if run.info.end_time is not None else f"{text} so far"
-
-
-def duration_in_words(seconds: float) -> str:
-    """Return a duration with its two largest units."""
-    if seconds < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s"
 
 
 def count(number: int, noun: str) -> str:

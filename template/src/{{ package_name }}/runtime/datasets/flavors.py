@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import threading
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
@@ -28,6 +29,15 @@ _REQUIREMENTS = ("pip_requirements", "conda_env", "uv_project_path", "uv_groups"
 # MLflow notes which environment variables a model reads when it tries the input example, by
 # exchanging methods of `os.environ`; two threads at once would not put them back.
 _trying_example = threading.Lock()
+
+
+def _is_not_about_pip(record: logging.LogRecord) -> bool:
+    # MLflow 3.17 warns with each model where there is no pip, as in every environment of uv. Then
+    # conda.yaml only names no version of it.
+    return not record.getMessage().startswith("Failed to resolve installed pip version")
+
+
+logging.getLogger("mlflow.utils.environment").addFilter(_is_not_about_pip)
 
 
 @dataclass(frozen=True)

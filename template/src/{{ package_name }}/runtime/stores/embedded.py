@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -19,18 +18,12 @@ from .. import _mlflow
 from ..config.errors import ADDRESS, SettingError
 from ..config.uris import is_database, sqlite_file, sqlite_uri
 from .moving import follow
-from .schema import Schema, check_schema, schema_of
+from .schema import Schema, check_schema, connect, schema_of
 
 if TYPE_CHECKING:
     from sqlalchemy.pool import Pool
 
 logger = logging.getLogger(__name__)
-
-# How many seconds a database has to answer.
-CONNECT_TIMEOUT = 9
-
-# Databases whose drivers take this argument.
-_TAKES_TIMEOUT = re.compile("postgresql|mysql")
 
 # Any number that other programs are unlikely to lock in the same database.
 _MAKING_TABLES = 0x6D6C666C6F77
@@ -96,17 +89,11 @@ def _make_sqlite(uri: str, file: Path, location: str | None) -> None:
 
 
 def _read_or_make(uri: str, location: str | None) -> Schema:
-    """Connect to a database once, and make the tables in one that is empty.
-
-    MLflow would try ten times, for more than a minute, where the password is refused.
-    """
+    """Read the version of a database's tables, and make them in one that is empty."""
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
-    from sqlalchemy import create_engine, text
-    from sqlalchemy.pool import NullPool
+    from sqlalchemy import text
 
-    arguments = {"connect_timeout": CONNECT_TIMEOUT} if _TAKES_TIMEOUT.match(uri) else {}
-    engine = create_engine(uri, poolclass=NullPool, connect_args=arguments)
-    with engine.connect() as connection:
+    with connect(uri) as connection:
         schema = schema_of(connection, uri)
         if schema.version is None:
             logger.info("Making MLflow's tables in the database")

@@ -155,6 +155,8 @@ _DATABASE = (
     _Row(lambda f: f.is_of_database and f.matches(_REFUSED_LOGIN), CREDENTIALS,
          "{where} refuses the login ({message}): correct the user in the address, and PGPASSWORD "
          f"in {ENTRY}"),
+    _Row(lambda f: f.is_of_database and f.matches("database is locked"), ADDRESS,
+         "{where} is locked: another program is writing to it, wait for its end"),
     _Row(lambda f: f.is_of_database, ADDRESS,
          "{where} can't be used ({message}): see to the database, or correct the address"),
 )

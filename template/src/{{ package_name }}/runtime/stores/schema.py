@@ -6,6 +6,7 @@ MLflow and SQLAlchemy are imported inside functions, so that importing this modu
 from __future__ import annotations
 
 import logging
+import re
 import sqlite3
 import subprocess
 import sys
@@ -23,6 +24,14 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import Connection
 
 logger = logging.getLogger(__name__)
+
+# How many seconds a database has to answer, as the argument of its driver. A SQLite file that is
+# locked is waited for as long as MLflow does.
+_TIMEOUTS = {
+    "postgresql": {"connect_timeout": 9},
+    "mysql": {"connect_timeout": 9},
+    "sqlite": {"timeout": 20},
+}
 
 # How long a process waits for another one that migrates the same database, in seconds.
 LOCK_TIMEOUT = 120.0
@@ -51,14 +60,24 @@ def read_schema(uri: str) -> Schema:
 
     MLflow's own stores create or change tables as soon as they are opened, which this doesn't.
     """
-    from sqlalchemy import create_engine
-    from sqlalchemy.pool import NullPool
-
     file = sqlite_file(uri)
     if file is not None and not file.exists():
         return Schema(None, "")
-    with create_engine(uri, poolclass=NullPool).connect() as connection:
+    with connect(uri) as connection:
         return schema_of(connection, uri)
+
+
+def connect(uri: str) -> Connection:
+    """Connect to a database once.
+
+    MLflow would try ten times, for nearly two minutes, where the password is refused.
+    """
+    from sqlalchemy import create_engine
+    from sqlalchemy.pool import NullPool
+
+    driver = uri.split(":", 1)[0]
+    arguments = next((value for name, value in _TIMEOUTS.items() if driver.startswith(name)), {})
+    return create_engine(uri, poolclass=NullPool, connect_args=arguments).connect()
 
 
 def schema_of(connection: Connection, uri: str) -> Schema:
@@ -118,10 +137,14 @@ def check_schema(uri: str, schema: Schema, project_path: Path | None) -> None:
         command = [sys.executable, "-m", "mlflow", "db", "upgrade", uri]
         ended = subprocess.run(command, capture_output=True, text=True, check=False)
         if ended.returncode:
-            reason = (ended.stderr.strip() or ended.stdout.strip()).splitlines()[-1]
             copy.replace(file)
-            what = f"its tables can't be brought to MLflow {version('mlflow')} ({reason})"
-            raise SettingError(ADDRESS, f"{file}: {what}: it is as it was; name another database")
+            errors = re.findall(r"^\S*(?:Error|Exception):? .*$", ended.stderr, re.MULTILINE)
+            raise SettingError(
+                ADDRESS,
+                f"{file}: its tables can't be brought to MLflow {version('mlflow')} "
+                f"({errors[-1] if errors else f'status {ended.returncode}'}): it is as it was; "
+                "name another database",
+            )
     logger.warning(
         "The tables of %s were brought to MLflow %s; as it was before it is in %s",
         file,

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import atexit
 import logging
+import os
 import threading
+import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 from inspect import currentframe
@@ -17,7 +19,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from .. import state
-from ..config.uris import shown_uri
+from ..config.uris import is_http, shown_uri, without_login
 from ..stores import credentials
 from . import autologging, process
 from .handle import RunHandle
@@ -39,15 +41,17 @@ MARKERS = ".mlflow-running"
 
 @dataclass(frozen=True)
 class Started:
-    """A run that this process started: in which thread, and below which call on its stack.
+    """A run that this process started: when, in which thread, and below which call on its stack.
 
-    `markers` is the folder that notes which runs are in progress.
+    `markers` is the folder that notes which runs are in progress, `env` Kedro's environment.
     """
 
     run: RunHandle
     markers: Path
+    env: str | None
     thread: int
     frame: FrameType
+    time: float
 
     def is_abandoned(self) -> bool:
         """Check whether the call that runs the pipeline was left without a hook, as by Ctrl-C."""
@@ -56,16 +60,19 @@ class Started:
         return all(frame is not self.frame for frame, _ in walk_stack(currentframe()))
 
 
-def watch(run: RunHandle, markers: Path, frame: FrameType) -> None:
+def watch(run: RunHandle, markers: Path, env: str | None, frame: FrameType) -> None:
     """Make sure that a run ends with the call that runs its pipeline, and with its process.
 
     Args:
         run: A run that this process has just opened.
         markers: The folder that notes which runs are in progress.
+        env: Kedro's environment, where one was chosen.
         frame: The call that runs the pipeline.
     """
     held = state.current()
-    held.started[run.key] = Started(run, markers, threading.get_ident(), frame)
+    held.started[run.key] = Started(
+        run, markers, env, threading.get_ident(), frame, time.monotonic()
+    )
     if not held.is_watching_exit:
         held.is_watching_exit = True
         atexit.register(_end_all, INTERRUPTED)
@@ -101,10 +108,36 @@ def finish(run: RunHandle, status: str, reason: str | None = None) -> None:
         try:
             if not run.attached:
                 _end(run.server, run.run_id, run.experiment_id, status, reason)
-                logger.info("MLflow run '%s' (%s) %s", run.name, run.run_id, status)
                 process.unmark(started.markers, run.run_id)
+                duration = duration_in_words(time.monotonic() - started.time)
+                logger.info("MLflow run '%s' %s after %s", run.name, status, duration)
+                logger.info("Look at it: %s", where_to_look(run, started.env))
         finally:
             credentials.take_back(run.opening)
+
+
+def duration_in_words(seconds: float) -> str:
+    """Return a duration with its two largest units."""
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s"
+
+
+def where_to_look(run: RunHandle, env: str | None) -> str:
+    """Return the address of a run's page, or the command that opens MLflow's pages.
+
+    Makes no request: where the workspace of Databricks is known from a file only, it isn't read.
+    """
+    uri, workspace = run.server.tracking_uri, os.environ.get("DATABRICKS_HOST")
+    page = f"experiments/{run.experiment_id}/runs/{run.run_id}"
+    if is_http(uri):
+        return f"{without_login(uri).rstrip('/')}/#/{page}"
+    if uri == "databricks" and workspace:
+        return f"{workspace.rstrip('/')}/ml/{page}"
+    command = f"kedro mlflow ui --env={env}" if env else "kedro mlflow ui"
+    return f"{command} --offline" if run.server.replayed_to else command
 
 
 def end_abandoned() -> None:

@@ -44,6 +44,7 @@ def start(
     tags: Mapping[str, str],
     variables: Mapping[str, str],
     project_path: Path,
+    env: str | None,
 ) -> RunHandle:
     """Open the run of a pipeline with all its parameters and tags.
 
@@ -58,6 +59,7 @@ def start(
         tags: Tags; those that a run of somebody else has already stay as they are.
         variables: What is in the environment until the run ends.
         project_path: The project's folder; it keeps note of the runs that are in progress.
+        env: Kedro's environment, where one was chosen.
 
     Raises:
         SettingError: When a setting in mlflow.yml names what isn't there.
@@ -86,7 +88,7 @@ def start(
         raise
     with failures.translate_server_errors(handle.server, variables):
         try:
-            watch(handle, markers, _caller())
+            watch(handle, markers, env, _caller())
             if tags:
                 handle.set_tags(tags)
             handle.log_params(params)
@@ -96,11 +98,10 @@ def start(
             finish(handle, "FAILED")
             raise
     logger.info(
-        "MLflow run '%s' (%s) %s on %s",
+        "MLflow run '%s' (%s) %s",
         handle.name,
         handle.run_id,
         "attached to" if handle.attached else "started",
-        shown_uri(handle.server.tracking_uri),
     )
     return handle
 

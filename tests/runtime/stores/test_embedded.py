@@ -1,0 +1,345 @@
+"""Embedded stores: moved, copied, in folders with any name, of another MLflow, locked, read-only."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from runtime.config.uris import sqlite_file, sqlite_uri
+
+from ...support.projects import Project
+
+# A file, a figure of a past run and a model that is registered.
+WORK = """
+    from kedro.pipeline import node, Pipeline
+    from sklearn.linear_model import LinearRegression
+
+
+    def fit():
+        return LinearRegression().fit([[0.0], [1.0]], [0.0, 1.0]), [1, 2, 3]
+
+
+    def create_pipeline():
+        return Pipeline([node(fit, None, ["model", "numbers"], name="fit")])
+"""
+CATALOG = """
+    model:
+      type: PACKAGE.runtime.MlflowModelTrackingDataset
+      flavor: mlflow.sklearn
+      save_args:
+        registered_model_name: lines
+    numbers:
+      type: PACKAGE.runtime.MlflowArtifactDataset
+      dataset:
+        type: json.JSONDataset
+        filepath: data/02_intermediate/numbers.json
+"""
+
+# MLflow 3.9's tables, which the one that is installed migrates.
+OLDER = "5d2d30f0abce"
+
+
+def fill(project: Project) -> None:
+    project.pipeline(WORK)
+    project.catalog(CATALOG)
+
+
+def moved_to(project: Project, path: Path) -> Project:
+    return Project(path, project.package)
+
+
+def files_of(project: Project, run_id: str) -> list[str]:
+    """Download the artifacts of a run, and list them."""
+    client = project.client
+    entries = [entry.path for entry in client.list_artifacts(run_id)]
+    for entry in entries:
+        assert Path(client.download_artifacts(run_id, entry)).exists()
+    return entries
+
+
+def uris_in(store: Path) -> list[str]:
+    """List all that an embedded store has of URIs of files."""
+    with closing(sqlite3.connect(store)) as connection:
+        return [line for line in connection.iterdump() if "file:" in line]
+
+
+@pytest.mark.parametrize("name", ["new", "job%2Ffeature", "what?", "a#b c", "100%"])
+def test_a_project_that_was_moved_has_its_earlier_files_and_models_with_it(
+    new_project: Callable[..., Project], tmp_path: Path, name: str
+) -> None:
+    project = new_project()
+    fill(project)
+    assert project.kedro("run").returncode == 0
+    (first,) = project.all_runs()
+    moved = replace(
+        project, path=tmp_path / name, tracking_uri=sqlite_uri(tmp_path / name / "mlflow.db")
+    )
+    project.path.rename(moved.path)
+
+    ended = moved.kedro("run")
+
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert not project.path.exists()
+    assert [run.info.status for run in moved.all_runs()] == ["FINISHED"] * 2
+    for run in moved.all_runs():
+        assert files_of(moved, run.info.run_id) == ["numbers.json"]
+    for number in ("1", "2"):
+        version = moved.client.get_model_version("lines", number)
+        loaded = moved.client.get_model_version_download_uri("lines", version.version)
+        assert moved.path.as_uri() in loaded or loaded.startswith("models:/")
+    old = project.path.as_uri()
+    assert [
+        line for line in uris_in(moved.path / "mlflow.db") if f"{old}/mlartifacts" in line
+    ] == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([name, "working directory"])
+
+
+def test_a_copy_of_a_project_keeps_its_runs_in_itself(
+    new_project: Callable[..., Project], tmp_path: Path
+) -> None:
+    project = new_project()
+    fill(project)
+    assert project.kedro("run").returncode == 0
+    before = sorted((project.path / "mlartifacts").rglob("*")), uris_in(project.path / "mlflow.db")
+    copy = Project(tmp_path / "copy", project.package)
+    shutil.copytree(project.path, copy.path)
+
+    assert copy.kedro("run").returncode == 0
+
+    after = sorted((project.path / "mlartifacts").rglob("*")), uris_in(project.path / "mlflow.db")
+    assert after == before
+    assert len(copy.all_runs()) == 2
+    for run in copy.all_runs():
+        assert run.info.artifact_uri.startswith(copy.path.as_uri())
+        assert files_of(copy, run.info.run_id) == ["numbers.json"]
+
+
+def test_a_place_for_files_that_mlflow_yml_names_is_left_as_it_is(
+    new_project: Callable[..., Project], tmp_path: Path
+) -> None:
+    project, shared = new_project(), tmp_path / "shared" / "mlartifacts"
+    fill(project)
+    project.mlflow_yml(
+        "tracking:\n  experiment:\n    create_experiment_kwargs:\n"
+        f"      artifact_location: {shared.as_uri()}\n"
+    )
+    assert project.kedro("run").returncode == 0
+    moved = Project(tmp_path / "moved", project.package)
+    project.path.rename(moved.path)
+
+    assert moved.kedro("run").returncode == 0
+
+    assert all(run.info.artifact_uri.startswith(shared.as_uri()) for run in moved.all_runs())
+    assert not (moved.path / "mlartifacts").exists()
+
+
+def test_a_project_that_is_reached_by_another_path_is_not_taken_for_a_copy(
+    new_project: Callable[..., Project], tmp_path: Path
+) -> None:
+    project = new_project()
+    fill(project)
+    assert project.kedro("run").returncode == 0
+    link = Project(tmp_path / "link", project.package)
+    link.path.symlink_to(project.path)
+    before = uris_in(project.path / "mlflow.db")
+
+    listed = link.kedro("mlflow", "runs")
+
+    assert listed.returncode == 0, listed.stderr
+    assert uris_in(project.path / "mlflow.db") == before
+
+
+@pytest.mark.parametrize("command", [("mlflow", "runs"), ("mlflow", "doctor", "--fix")])
+def test_commands_that_look_at_a_moved_project_mend_it_too(
+    new_project: Callable[..., Project], tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    project = new_project()
+    fill(project)
+    assert project.kedro("run").returncode == 0
+    moved = Project(tmp_path / "moved", project.package)
+    project.path.rename(moved.path)
+    told = moved.kedro("mlflow", "doctor")
+    assert told.returncode == 1
+    assert f"mlflow.db was in {project.path}" in " ".join(told.stdout.split())
+    assert not project.path.exists()
+
+    mended = moved.kedro(*command)
+
+    assert mended.returncode == 0, mended.stdout + mended.stderr
+    (run,) = moved.all_runs()
+    assert files_of(moved, run.info.run_id) == ["numbers.json"]
+    assert moved.kedro("mlflow", "doctor").returncode == 0
+
+
+@pytest.mark.parametrize("name", ["plain", "job%2Ffeature", "50%", "%", "a?b", "a#b", "a b", "ü'"])
+def test_a_path_is_the_same_after_it_was_a_uri(tmp_path: Path, name: str) -> None:
+    file = tmp_path / name / "mlflow.db"
+
+    assert sqlite_file(sqlite_uri(file)) == file
+
+
+@pytest.mark.parametrize("name", ["job%2Ffeature", "what?", "a#b"])
+def test_a_folder_with_any_name_has_a_project_that_runs(
+    new_project: Callable[..., Project], tmp_path: Path, name: str
+) -> None:
+    project = new_project()
+    fill(project)
+    named = Project(tmp_path / name, project.package, sqlite_uri(tmp_path / name / "mlflow.db"))
+    project.path.rename(named.path)
+
+    ended = named.kedro("run")
+
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert files_of(named, named.only_run().info.run_id) == ["numbers.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([name, "working directory"])
+    assert named.kedro("mlflow", "runs").returncode == 0
+    assert named.kedro("mlflow", "doctor").returncode == 0
+
+
+@pytest.mark.skipif(
+    os.name == "nt" or (os.geteuid() == 0 and not shutil.which("setpriv")), reason=""
+)
+def test_a_store_that_cannot_be_made_is_told_at_once(project: Project) -> None:
+    (project.path / "mlflow.db").unlink()
+    (project.path / "mlflow.db.d").touch()  # a file where a folder has to be
+    fill(project)
+    project.mlflow_yml("server:\n  mlflow_tracking_uri: sqlite:///mlflow.db.d/mlflow.db\n")
+
+    ended = project.kedro("run")
+
+    assert ended.returncode == 1
+    said = " ".join((ended.stdout + ended.stderr).split())
+    assert "server.mlflow_tracking_uri" in said
+    assert "can't be made" in said
+    assert "will be retried" not in said
+    assert "Traceback" not in said
+
+
+def older(project: Project) -> Path:
+    """Give a project the store of an older MLflow, with a run in it."""
+    file = project.path / "mlflow.db"
+    file.unlink(missing_ok=True)
+    code = (
+        "from alembic import command; from mlflow.store.db import utils;"
+        "from mlflow.store.db.base_sql_model import Base;"
+        "from mlflow.store.tracking.dbmodels.initial_models import Base as Initial;"
+        f"engine = utils.create_sqlalchemy_engine('sqlite:///{file.as_posix()}');"
+        "Initial.metadata.create_all(engine);"
+        f"config = utils._get_alembic_config('sqlite:///{file.as_posix()}');"
+        f"command.upgrade(config, '{OLDER}')"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    return file
+
+
+def version_of(file: Path) -> str:
+    with closing(sqlite3.connect(file)) as connection:
+        ((version,),) = connection.execute("SELECT version_num FROM alembic_version")
+    return str(version)
+
+
+@pytest.mark.parametrize("words", [("run",), ("mlflow", "runs")])
+def test_a_projects_own_store_of_an_older_mlflow_is_migrated_after_a_copy(
+    project: Project, words: tuple[str, ...]
+) -> None:
+    fill(project)
+    newest = version_of(project.path / "mlflow.db")
+    file = older(project)
+    assert version_of(file) == OLDER
+
+    ended = project.kedro(*words)
+
+    said = " ".join((ended.stdout + ended.stderr).split())
+    assert ended.returncode == 0, said
+    assert version_of(file) == newest
+    (copy,) = project.path.glob("mlflow.db.before-*")
+    assert version_of(copy) == OLDER
+    assert copy.name in said
+    assert sorted(path.name for path in project.path.glob("mlflow.db*")) == [file.name, copy.name]
+
+
+def test_two_runs_that_start_at_once_migrate_a_store_once(project: Project) -> None:
+    fill(project)
+    file = older(project)
+
+    with project.start("run") as one, project.start("run") as two:
+        said = [one.communicate()[0], two.communicate()[0]]
+
+    assert [one.returncode, two.returncode] == [0, 0], said
+    assert len(project.all_runs()) == 2
+    assert sum("mlflow.db.before" in text for text in said) == 1
+    assert version_of(file) != OLDER
+
+
+def test_the_doctor_tells_of_an_older_store_and_migrates_it_when_asked_to(project: Project) -> None:
+    fill(project)
+    file = older(project)
+
+    told = project.kedro("mlflow", "doctor")
+
+    assert told.returncode == 1
+    assert "the next run migrates them" in " ".join(told.stdout.split())
+    assert version_of(file) == OLDER
+    assert project.kedro("mlflow", "doctor", "--fix").returncode == 0
+    assert version_of(file) != OLDER
+
+
+def test_somebody_elses_store_of_an_older_mlflow_is_left_and_told(
+    project: Project, tmp_path: Path
+) -> None:
+    fill(project)
+    older(project).rename(tmp_path / "team.db")
+    uri = f"sqlite:///{(tmp_path / 'team.db').as_posix()}"
+    project.mlflow_yml(f"server:\n  mlflow_tracking_uri: {uri}\n")
+    before = (tmp_path / "team.db").read_bytes()
+
+    for words in (("run",), ("mlflow", "runs"), ("mlflow", "ui")):
+        ended = project.kedro(*words)
+
+        said = " ".join((ended.stdout + ended.stderr).split())
+        assert ended.returncode == 1, said
+        assert f"back the database up, then run `mlflow db upgrade {uri}`" in said
+        assert "conf/local/mlflow.yml:2: server.mlflow_tracking_uri" in said
+        assert "Traceback" not in said
+        assert (tmp_path / "team.db").read_bytes() == before
+
+
+@pytest.mark.parametrize("words", [("run",), ("mlflow", "runs"), ("mlflow", "ui")])
+def test_a_store_of_a_newer_mlflow_is_left_and_told(
+    project: Project, words: tuple[str, ...]
+) -> None:
+    fill(project)
+    file = project.path / "mlflow.db"
+    with closing(sqlite3.connect(file)) as connection, connection:
+        connection.execute("UPDATE alembic_version SET version_num = 'ffffffffffff'")
+
+    ended = project.kedro(*words)
+
+    said = " ".join((ended.stdout + ended.stderr).split())
+    assert ended.returncode == 1, said
+    assert "newer MLflow" in said
+    assert "update mlflow in this project" in said
+    assert "db upgrade" not in said
+    assert "Traceback" not in said
+
+
+def test_a_store_that_another_program_has_locked_is_told_as_locked(project: Project) -> None:
+    fill(project)
+    with closing(sqlite3.connect(project.path / "mlflow.db", isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+
+        ended = project.kedro("run")
+
+    said = " ".join((ended.stdout + ended.stderr).split())
+    assert ended.returncode == 1
+    assert "database is locked" in said
+    assert "Traceback" not in said
