@@ -6,6 +6,7 @@ MLflow and SQLAlchemy are imported inside functions, so that importing this modu
 from __future__ import annotations
 
 import logging
+import os
 import re
 import sqlite3
 import subprocess
@@ -75,8 +76,9 @@ def connect(uri: str) -> Connection:
     from sqlalchemy import create_engine
     from sqlalchemy.pool import NullPool
 
-    driver = uri.split(":", 1)[0]
-    arguments = next((value for name, value in _TIMEOUTS.items() if driver.startswith(name)), {})
+    kind = uri.split(":", 1)[0].split("+", 1)[0]
+    is_chosen = kind == "postgresql" and "PGCONNECT_TIMEOUT" in os.environ
+    arguments = {} if is_chosen else _TIMEOUTS.get(kind, {})
     return create_engine(uri, poolclass=NullPool, connect_args=arguments).connect()
 
 
