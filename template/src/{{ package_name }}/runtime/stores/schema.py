@@ -157,12 +157,8 @@ def check_schema(uri: str, schema: Schema, project_path: Path | None) -> None:
 
 @contextmanager
 def _lock(file: Path) -> Iterator[None]:
-    """Keep other processes from migrating a file. SQLite's lock ends with the process."""
+    """Keep other processes from migrating a file: SQLite's lock on one beside it, which stays."""
     path = file.with_name(f"{file.name}.lock")
     with closing(sqlite3.connect(path, timeout=LOCK_TIMEOUT, isolation_level=None)) as lock:
         lock.execute("BEGIN EXCLUSIVE")
-        try:
-            yield
-        finally:
-            # Who waits for the file that is gone finds the tables as they should be.
-            path.unlink(missing_ok=True)
+        yield
