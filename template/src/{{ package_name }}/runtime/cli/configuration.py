@@ -31,4 +31,4 @@ def init(metadata: ProjectMetadata, env: str, force: bool) -> None:
     # A key that is written here holds, whatever the other files of the project say.
     marked = (f"# {line}" if line and not line.startswith("#") else line for line in lines)
     file.write_text("\n".join(marked) + "\n", encoding="utf-8")
-    click.echo(f"Written: {file}. Take the marks off the keys to set, and off their groups.")
+    click.echo(f"Written: {file}. Uncomment the keys to set, and the groups that they are in.")
