@@ -168,7 +168,7 @@ def test_a_project_without_extras_runs_and_one_with_all_makes_its_model(
         ended = in_project(project, "kedro", "run", f"--pipelines={pipeline}")
 
         assert ended.returncode == 0, ended.stdout + ended.stderr
-        assert ("is logged as the model" in " ".join(ended.stdout.split())) == bool(extras)
+        assert ("is logged as the model" in " ".join(ended.stderr.split())) == bool(extras)
 
 
 # -- switched on and off by an update ------------------------------------------------------------

@@ -27,8 +27,15 @@ WORK = """
         return LinearRegression().fit([[0.0], [1.0]], [0.0, 1.0]), [1, 2, 3]
 
 
+    def ask(model, of_run, copy):
+        return [float(each.predict([[2.0]])[0]) for each in (model, of_run, copy)]
+
+
     def create_pipeline():
-        return Pipeline([node(fit, None, ["model", "numbers"], name="fit")])
+        fitting = Pipeline([node(fit, None, ["model", "numbers"], name="fit")])
+        saving = node(lambda model: model, "model", "copy", name="save")
+        asking = node(ask, ["registered", "of_run", "copy"], "answers", name="ask", tags="ask")
+        return fitting + Pipeline([saving, asking])
 """
 CATALOG = """
     model:
@@ -36,6 +43,22 @@ CATALOG = """
       flavor: mlflow.sklearn
       save_args:
         registered_model_name: lines
+    registered:
+      type: PACKAGE.runtime.MlflowModelRegistryDataset
+      model_name: lines
+      flavor: mlflow.sklearn
+    of_run:
+      type: PACKAGE.runtime.MlflowModelTrackingDataset
+      flavor: mlflow.sklearn
+      load_args:
+        model_uri: models:/lines/1
+    copy:
+      type: PACKAGE.runtime.MlflowModelLocalFileSystemDataset
+      flavor: mlflow.sklearn
+      filepath: data/06_models/copy
+    answers:
+      type: json.JSONDataset
+      filepath: data/07_model_output/answers.json
     numbers:
       type: PACKAGE.runtime.MlflowArtifactDataset
       dataset:

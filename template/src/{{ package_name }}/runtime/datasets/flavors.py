@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import mkdtemp
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -79,9 +80,16 @@ class Flavor:
 
     def load(self, uri: str, arguments: Mapping[str, Any]) -> Any:
         """Load a model with the arguments of `load_model`."""
-        module = self._module_with("load_model")
+        from mlflow import get_tracking_uri
+
+        load_model = self._module_with("load_model").load_model
+        can_copy = "dst_path" in inspect.signature(load_model).parameters
+        if can_copy and "%" in f"{uri}{get_tracking_uri()}":
+            # MLflow 3.17 reads a path as if it was a URI: a folder such as job%2Fx isn't found.
+            arguments = {"dst_path": mkdtemp(), **arguments}
+            uri = Path(uri).as_uri() if Path(uri).is_absolute() else uri
         try:
-            return module.load_model(model_uri=uri, **arguments)
+            return load_model(model_uri=uri, **arguments)
         except Exception as error:  # whatever the libraries of so many kinds of models raise
             raise DatasetError(f"{self.name} can't load {uri}: {_one_line(error)}") from error
 
