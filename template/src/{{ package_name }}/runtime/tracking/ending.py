@@ -163,9 +163,14 @@ def _end(
         client.log_batch(run_id, tags=[RunTag("kedro_error", reason)])
     client.set_terminated(run_id, status)
     if status != "FINISHED":
-        open_children = f"tags.`mlflow.parentRunId` = '{run_id}' and attributes.status = 'RUNNING'"
-        for child in client.search_runs([experiment_id], open_children):
-            _end(server, child.info.run_id, experiment_id, status)
+        end_children(server, run_id, experiment_id, status)
+
+
+def end_children(server: Server, run_id: str, experiment_id: str, status: str) -> None:
+    """End the child runs of a run that are still open."""
+    open_children = f"tags.`mlflow.parentRunId` = '{run_id}' and attributes.status = 'RUNNING'"
+    for child in server.client.search_runs([experiment_id], open_children):
+        _end(server, child.info.run_id, experiment_id, status)
 
 
 def end_orphans(server: Server, markers: Path) -> None:
