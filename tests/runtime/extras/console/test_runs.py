@@ -473,25 +473,6 @@ def test_without_runs_there_is_a_sentence_and_nothing_is_made(
     assert told() == f"The experiment {name!r} is deleted, with its runs."
 
 
-def test_a_store_of_an_older_mlflow_is_left_as_it_is(
-    project: Project, mlflow_command: Command
-) -> None:
-    log(project)
-    with sqlite3.connect(project.path / "mlflow.db") as store:
-        store.execute("UPDATE alembic_version SET version_num = 'bda7b8c39065'")
-        store.execute("DROP TABLE trace_tags")
-    before = everything(project.path)
-
-    sentence = mlflow_command(project, "runs").refusal
-
-    uri = project.tracking_uri
-    assert sentence.endswith(
-        f"server.mlflow_tracking_uri: the tables of {uri} are those of an older MLflow: back the "
-        f"database up, then run `mlflow db upgrade {uri}`"
-    )
-    assert everything(project.path) == before
-
-
 @pytest.fixture(scope="module")
 def crowded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, str]]:
     """The port of a server with 300 runs of one experiment, half of them child runs."""

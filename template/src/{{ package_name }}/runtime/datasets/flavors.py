@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from shutil import copytree
 from tempfile import mkdtemp
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -83,11 +84,15 @@ class Flavor:
         from mlflow import get_tracking_uri
 
         load_model = self._module_with("load_model").load_model
-        can_copy = "dst_path" in inspect.signature(load_model).parameters
-        if can_copy and "%" in f"{uri}{get_tracking_uri()}":
-            # MLflow 3.17 reads a path as if it was a URI: a folder such as job%2Fx isn't found.
+        # MLflow 3.17 reads the path of a model as if it was a URI: a folder such as job%2Fx isn't
+        # found. A copy in another folder is.
+        if "%" in uri and Path(uri).is_absolute():
+            uri = str(copytree(uri, Path(mkdtemp(), "model")))
+        elif (
+            "%25" in f"{uri}{get_tracking_uri()}"
+            and "dst_path" in inspect.signature(load_model).parameters
+        ):
             arguments = {"dst_path": mkdtemp(), **arguments}
-            uri = Path(uri).as_uri() if Path(uri).is_absolute() else uri
         try:
             return load_model(model_uri=uri, **arguments)
         except Exception as error:  # whatever the libraries of so many kinds of models raise
