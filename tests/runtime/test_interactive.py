@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -37,7 +38,7 @@ def ipython(project: Project, code: str, *, anew: bool = False) -> str:
     )
     shown, _ = process.communicate()
     assert process.returncode == 0, shown
-    assert "Error" not in shown, shown
+    assert not re.search(r"^\w*Error\b", shown, re.MULTILINE), shown
     return shown
 
 

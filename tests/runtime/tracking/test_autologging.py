@@ -199,7 +199,7 @@ def test_a_warning_says_that_fits_in_threads_must_not_overlap(project: Project) 
     ended = project.kedro("run", "--runner=ThreadRunner")
 
     assert ended.returncode == 0, ended.stderr
-    assert "MLflow's autologging follows one fit at a time" in " ".join(ended.stdout.split())
+    assert "MLflow's autologging follows one fit at a time" in " ".join(ended.stderr.split())
 
 
 @pytest.mark.parametrize("fails", [False, True])

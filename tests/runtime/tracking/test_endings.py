@@ -140,7 +140,6 @@ def main_and_child(project: Project) -> tuple[Run, Run | None]:
     return main, next((run for run in runs if run is not main), None)
 
 
-@pytest.mark.parametrize(("runner", "start_method"), RUNNERS)
 def last_lines(project: Project, *options: str) -> list[str]:
     """What a run that succeeds logs at its end, in a terminal of 80 columns."""
     project.pipeline(ONE_NODE)
@@ -188,6 +187,7 @@ def test_the_page_of_a_run_on_databricks_is_in_its_workspace(
     assert page == "https://adb-1.azuredatabricks.net/ml/experiments/7/runs/ab12"
 
 
+@pytest.mark.parametrize(("runner", "start_method"), RUNNERS)
 def test_a_failing_node_fails_the_run_and_says_why(
     project: Project, runner: str, start_method: str
 ) -> None:

@@ -224,7 +224,7 @@ def test_a_header_provider_that_does_not_work_is_told(
         (
             "0123456789ab",
             "the tables of {uri} are those of a newer MLflow than {version}: "
-            + "update mlflow in this project",
+            "update mlflow in this project",
         ),
     ],
     ids=["older", "newer"],

@@ -466,6 +466,7 @@ def test_without_runs_there_is_a_sentence_and_nothing_is_made(
     (project.path / "mlflow.db").touch()
     assert told() == f"No run yet: the first one makes {project.tracking_uri}."
     shutil.copy(empty_store, project.path)
+    mlflow_command(project, "runs")  # a store that was copied is made this project's
     assert told() == f"No run yet: the first one makes the experiment {name!r}."
     experiment = project.client.create_experiment(name)
     assert told() == f"No run yet in the experiment {name!r}."

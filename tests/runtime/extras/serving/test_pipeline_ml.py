@@ -318,7 +318,7 @@ def test_a_part_of_the_training_that_lacks_what_is_needed_logs_no_model(
     run = project.only_run()
     assert run.info.status == "FINISHED"
     assert project.client.search_logged_models([run.info.experiment_id]) == []
-    assert "No model will be logged: model isn't in the part that runs" in ended.stdout
+    assert "No model will be logged: model isn't in the part that runs" in ended.stderr
 
 
 def test_a_part_of_the_training_that_has_what_is_needed_logs_the_model(

@@ -28,7 +28,7 @@ from ..stores.embedded import prepare
 from ..stores.errors import is_away, reason_of
 from ..stores.server import experiment_id
 from . import _mlflow
-from .disk import ARTIFACT_LOCATION, Disk, DiskError, has_ended, pages
+from .disk import ARTIFACT_LOCATION, FOLDER, Disk, DiskError, has_ended, pages
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -286,7 +286,9 @@ class _Replay:
     def _translated(self, text: str) -> str:
         """Return a text with the ids and URIs of the server in the place of those on disk."""
         for place, on_server in self.places.items():
-            text = text.replace(place, on_server)
+            # In files it still stands below the folder that the project was in when it ran.
+            in_project = re.escape(place[place.index(f"/{FOLDER}/") :])
+            text = re.sub(rf"file:[^\s\"']*?{in_project}", on_server.replace("\\", r"\\"), text)
         return _ID.sub(lambda match: self.ids.get(match[0], match[0]), text)
 
     def _complete_model(self, model: LoggedModel, run: Run) -> None:
