@@ -12,6 +12,7 @@ import requests
 import trustme
 from mlflow import MlflowClient
 
+from ..runtime.conftest import put_store
 from ..runtime.extras.console.test_doctor import EMBEDDED, SERVED, only
 from ..support.postgres import PASSWORD as PG_PASSWORD
 from ..support.postgres import USER as PG_USER
@@ -59,7 +60,7 @@ def test_nothing_is_wrong_with_a_postgresql_and_only_a_deleted_run_stays_in_it(
     assert "No run yet: the first one makes postgresql+psycopg2://***@" in listed.stdout
     unmade = dict.fromkeys(list(EMBEDDED)[3:-1], None)
     assert empty == {**EMBEDDED, **unmade}
-    assert found == EMBEDDED
+    assert found == {**EMBEDDED, "place of files": None}
     (deleted,) = [row for row in added if row.startswith("runs:")]
     assert "'deleted'" in deleted
     assert {row.partition(":")[0] for row in added} == {"runs", "tags"}
@@ -170,7 +171,7 @@ def test_a_storage_that_does_not_open_is_told(
     storing: Store, locked: Locked, empty_store: Path, wrong: dict[str, str], said: str
 ) -> None:
     project = storing("s3://locked/runs", {**locked.opening, **wrong})
-    (project.path / "mlflow.db").write_bytes(empty_store.read_bytes())
+    put_store(empty_store, project)
 
     found, advice, _ = examined(project, AWS_SHARED_CREDENTIALS_FILE="none", AWS_CONFIG_FILE="none")
 

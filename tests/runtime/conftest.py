@@ -101,9 +101,14 @@ def new_project(
 def project(new_project: Callable[..., Project], empty_store: Path) -> Project:
     """A project without pipelines, with an empty store."""
     project = new_project()
+    put_store(empty_store, project)
+    return project
+
+
+def put_store(empty_store: Path, project: Project) -> None:
+    """Give a project an empty store, as if it was made there."""
     file = shutil.copy(empty_store, project.path / "mlflow.db")
     replace_folder(sqlite_uri(file), empty_store.parent.as_uri(), project.path.as_uri())
-    return project
 
 
 @pytest.fixture(scope="session")
