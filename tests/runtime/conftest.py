@@ -107,7 +107,8 @@ def project(new_project: Callable[..., Project], empty_store: Path) -> Project:
 
 def put_store(empty_store: Path, project: Project) -> None:
     """Give a project an empty store, as if it was made there."""
-    file = shutil.copy(empty_store, project.path / "mlflow.db")
+    file = project.path / "mlflow.db"
+    shutil.copy(empty_store, file)
     replace_folder(sqlite_uri(file), empty_store.parent.as_uri(), project.path.as_uri())
 
 
