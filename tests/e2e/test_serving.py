@@ -318,7 +318,7 @@ def test_a_pipeline_with_a_library_of_the_workspace_predicts_with_its_requiremen
     assert names == {
         "sklearn": {"mlflow", "scikit-learn", "cloudpickle", "skops"},
         "local": {"mlflow", "scikit-learn", "cloudpickle", "skops"},
-        "xgboost": {"mlflow", "xgboost-cpu"},
+        "xgboost": {"mlflow", "xgboost"},
         "lightgbm": {"mlflow", "lightgbm", "cloudpickle", "skops"},
         "statsmodels": {"mlflow", "statsmodels"},
         "function": {"mlflow", "cloudpickle"},

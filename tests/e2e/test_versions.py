@@ -213,7 +213,7 @@ def test_the_page_names_the_floors_of_the_template() -> None:
     here = floors("pyproject.toml")
     project = (REPOSITORY / "template/pyproject.toml.jinja").read_text("utf-8")
     (python,) = re.findall(r'^requires-python = ">=(.*)"', project, re.M)
-    tools = {"ipython", "mypy", "pre-commit", "pytest", "ruff"}
+    tools = {"ipython", "jupyterlab", "mypy", "notebook", "pre-commit", "pytest", "ruff"}
 
     needed = {name: lowest for name, lowest in template.items() if name not in tools}
     assert told == {**needed, "copier": oldest_copier(REPOSITORY), "python": python}
