@@ -11,6 +11,7 @@ from contextlib import closing
 from fnmatch import fnmatch
 from pathlib import Path
 
+import mlflow
 import pytest
 
 from runtime.config.uris import sqlite_file, sqlite_uri
@@ -358,4 +359,21 @@ def test_a_store_that_another_program_has_locked_is_told_as_locked(project: Proj
     said = " ".join((ended.stdout + ended.stderr).split())
     assert ended.returncode == 1
     assert "mlflow.db is locked: another program is writing to it" in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("words", [("run",), ("mlflow", "runs"), ("mlflow", "ui")])
+def test_an_environment_that_mlflow_cannot_work_in_is_told(
+    project: Project, tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    fill(project)
+    environment = tmp_path / "job%2Ffeature"
+    environment.symlink_to(Path(mlflow.__file__).parents[1])
+
+    ended = project.kedro_anew(*words, PYTHONPATH=str(environment))
+
+    said = " ".join((ended.stdout + ended.stderr).split())
+    assert ended.returncode == 1
+    assert "MLflow can't open a database from a folder with a per cent sign" in said
+    assert "UV_PROJECT_ENVIRONMENT" in said
     assert "Traceback" not in said

@@ -10,12 +10,13 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
 from .. import _mlflow
-from ..config.errors import ADDRESS, SettingError
+from ..config.errors import ADDRESS, ConfigError, SettingError
 from ..config.uris import is_database, sqlite_file, sqlite_uri
 from .moving import follow
 from .schema import Schema, check_schema, connect, schema_of
@@ -39,9 +40,11 @@ def prepare(uri: str, location: str | None, project_path: Path | None = None) ->
 
     Raises:
         SettingError: When a file can't be made, or the tables are another MLflow's.
+        ConfigError: When MLflow can't open any database from where it is installed.
     """
     if not is_database(uri):
         return
+    _check_place_of_mlflow()
     file = sqlite_file(uri)
     if file and not file.exists():
         _make_sqlite(uri, file, location)
@@ -50,6 +53,16 @@ def prepare(uri: str, location: str | None, project_path: Path | None = None) ->
     check_schema(uri, schema, project_path)
     if file and location:
         follow(uri, file, location)
+
+
+def _check_place_of_mlflow() -> None:
+    # MLflow 3.17 doesn't escape the path of its migrations for Alembic's configuration.
+    spec = find_spec("mlflow")
+    if spec and "%" in str(spec.origin):
+        raise ConfigError(
+            f"MLflow can't open a database from a folder with a per cent sign, {spec.origin}: move "
+            "the environment, for uv by the variable UV_PROJECT_ENVIRONMENT."
+        )
 
 
 def _make_sqlite(uri: str, file: Path, location: str | None) -> None:
