@@ -15,8 +15,6 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, quote_plus
 
-from pydantic import BaseModel
-
 from .. import state
 from .loading import all_credentials
 from .uris import passwords_in, shown_uri
@@ -124,6 +122,8 @@ def is_named(name: str, patterns: Iterable[str]) -> bool:
 
 def plain(value: Any) -> Any:
     """Return a value with dictionaries for the pydantic models and dataclasses in it."""
+    from pydantic import BaseModel  # its import is slow
+
     if isinstance(value, BaseModel):
         value = dict(value)
     elif is_dataclass(value) and not isinstance(value, type):
