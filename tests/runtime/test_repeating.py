@@ -149,12 +149,11 @@ def test_secrets_are_nowhere_in_the_store(two: Project) -> None:
     assert run.data.params["x"] == "***"
     assert run.data.tags["kedro_error"] == "ValueError: no way in with ***"
     assert 'api_token="***"' in run.data.tags["kedro_command"]
-    assert "url=http://u:***@host" in run.data.tags["kedro_command"]
+    assert "url=http://***@host" in run.data.tags["kedro_command"]
     for file in [two.path / "mlflow.db", *(two.path / "mlartifacts").rglob("traceback.txt")]:
         content = file.read_bytes()
         assert b"by-value-0" not in content
         assert b"by-name-" not in content
-        assert b"ada1815" not in content
 
 
 def test_values_above_the_limits_fail_no_run(two: Project) -> None:

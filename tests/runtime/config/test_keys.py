@@ -558,7 +558,9 @@ ROWS = [
         first=Set("one", "t0p-1"),
         second=Set("two", "t0p-2"),
         wrong=[
-            *NO_TEXT,
+            ("7", ": expected a text, got 7"),
+            ("[a]", ": expected a text, got '***'"),  # may be a secret: the entry's values
+            ("{TOKEN: t0p}", ": expected a text, got '***'"),
             ("three", ": credentials.yml has no entry 'three'; its entries: one, two"),
         ],
         nullable=True,

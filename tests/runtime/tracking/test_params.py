@@ -10,10 +10,7 @@ from hypothesis import strategies as st
 from mlflow.utils.validation import _validate_param
 
 from runtime.config.errors import ConfigError
-from runtime.config.keys import MlflowConfig
 from runtime.tracking import params
-
-SECRETS = params.Secrets(tuple(MlflowConfig().tracking.redact))
 
 
 @pytest.mark.parametrize(
@@ -69,41 +66,6 @@ def test_long_names_that_begin_alike_stay_apart() -> None:
 
     assert sorted(renamed.values()) == [1, 2]
     assert {len(name) for name in renamed} == {250}
-
-
-def test_values_with_the_name_of_a_secret_are_starred_wherever_they_stand() -> None:
-    given = {
-        "api_token": "t0p",
-        "db": {"user": "ada", "Password": "t0p"},
-        "aws": {"credentials": {"id": "t0p"}},
-        "hosts": [{"secret_key": "t0p"}],
-        "max_tokens": 5,
-    }
-
-    shown = SECRETS.hide(given)
-
-    assert "t0p" not in str(shown)
-    assert shown["db"]["user"] == "ada"
-    assert shown["max_tokens"] == 5
-
-
-def test_a_parameter_below_a_secret_name_is_starred() -> None:
-    assert SECRETS.hide("t0p", "aws.credentials.id") == "***"
-
-
-def test_values_of_credentials_are_starred_wherever_they_stand() -> None:
-    credentials = {"s3": {"key": "AKIA0123", "ssl": True, "port": 9000}, "db": {"password": "ab12"}}
-    secrets = params.Secrets((), frozenset(params.secret_values(credentials)))
-
-    given = {"a": "AKIA0123", "b": ["ab12"], "c": "s3://AKIA0123@bucket", "d": {"e": "ab123"}}
-    shown = {"a": "***", "b": ["***"], "c": "s3://***@bucket", "d": {"e": "ab123"}}
-    assert secrets.hide(given) == shown
-    assert secrets.hide({"flag": True, "port": 9000, "seed": 9}) == {
-        "flag": True,
-        "port": "***",
-        "seed": 9,
-    }
-    assert "AKIA" not in repr(secrets)
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,8 @@ from kedro.io import MemoryDataset
 
 from . import _kedro, stores
 from .config.errors import ConfigError, SettingError
+from .config.hiding import Secrets, hide_in_output
+from .config.hiding import secrets_of as secrets_of  # for hooks and commands of extras
 from .config.loading import mistake, package_name, read_credentials
 from .datasets import outputs
 from .datasets.base import TrackedDataset
@@ -34,7 +36,6 @@ from .tracking import autologging, params, process, provenance
 from .tracking.ending import finish
 from .tracking.handle import RunHandle
 from .tracking.opening import start
-from .tracking.params import secrets_of as secrets_of  # for hooks and commands of extras
 
 if TYPE_CHECKING:
     from kedro.framework.context import KedroContext
@@ -146,7 +147,9 @@ def open_run(
     config = _config_of(context)
     for name in pipeline.datasets():
         catalog.get(name)  # one that can't be made fails here, before there is a run
-    secrets, variables = secrets_of(context), read_credentials(context)
+    secrets = secrets_of_run(context, pipeline, catalog)
+    hide_in_output(secrets)
+    variables = read_credentials(context)
     stores.project.register_header_provider(context)
     store = RunStore(config.server.connection, config.tracking.experiment, {})
     if STORE in list(catalog):
@@ -178,6 +181,15 @@ def open_run(
     return run
 
 
+def secrets_of_run(context: KedroContext, pipeline: Pipeline, catalog: DataCatalog) -> Secrets:
+    """Return what is hidden in a run: not the names in it."""
+    parameters = catalog["parameters"].load() if "parameters" in list(catalog) else {}
+    names = [*project.pipelines, *pipeline.datasets()]
+    for node in pipeline.nodes:
+        names += [node.name, str(node.func.__module__), *node.tags]
+    return secrets_of(context, parameters, names)
+
+
 def prepare_untracked(context: KedroContext, catalog: DataCatalog) -> None:
     """Export the credentials with which a catalog without a run loads from the server."""
     config = _config_of(context)
@@ -202,7 +214,7 @@ class Binding:
     run: RunHandle | None  # None where tracking is disabled
     package_name: str
     header_provider: RequestHeaderProviderOptions
-    secrets: params.Secrets
+    secrets: Secrets
     outputs: tuple[str, ...]  # names and patterns of the outputs to log as artifacts
     autolog: autologging.Flavors
     variables: dict[str, str | None] = field(repr=False)  # of the environment: credentials
@@ -212,6 +224,8 @@ class Binding:
     def __setstate__(self, values: Mapping[str, Any]) -> None:
         """Unpickle a binding, and prepare the process for its run where that is a worker."""
         self.__dict__.update(values)
+        if os.getpid() != self.main_process:
+            hide_in_output(self.secrets)
         # Kedro's tasks register `settings.HOOKS` in every worker, but in one that was not forked
         # the settings are empty, and no hook would be called around the nodes. Kedro's own attempt
         # to configure the project there (`kedro.runner.task`) needs a package name that isn't set,
@@ -246,7 +260,7 @@ def bind(
         run,
         package_name(),
         config.server.request_header_provider,
-        secrets_of(context),
+        secrets_of_run(context, pipeline, catalog),
         tuple(config.tracking.artifacts.datasets),
         config.tracking.autolog if run else {},
         credentials.exported(run.opening if run else _untracked(catalog)),

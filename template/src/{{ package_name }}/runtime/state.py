@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         RequestHeaderProvider,
     )
 
+    from .config.hiding import Secrets
     from .tracking.ending import Started
     from .tracking.outbox import Outbox
 
@@ -39,6 +40,8 @@ class ProcessState:
     signal_handlers: dict[int, Callable[[int, FrameType | None], None]] = field(
         default_factory=dict
     )
+    # What is hidden in this process's output: the secrets of its last runs.
+    secrets: list[Secrets] = field(default_factory=list)
     is_watching_exit: bool = False
     is_clearing_active_runs: bool = False
     is_following_parent: bool = False
@@ -48,7 +51,7 @@ class ProcessState:
 
         The providers are registered in its copy of MLflow too, and must not be registered twice.
         """
-        return ProcessState(header_providers=self.header_providers)
+        return ProcessState(header_providers=self.header_providers, secrets=self.secrets)
 
 
 _state = ProcessState()

@@ -60,6 +60,25 @@ def log(
     return str(run_id)
 
 
+def test_control_characters_of_a_store_do_not_reach_the_terminal(
+    project: Project, mlflow_command: Command
+) -> None:
+    clear, clipboard = "\x1b[2J", "\x1b]52;c;cm0gLXJm\x07\x9b"
+    run_id = log(
+        project,
+        f"night{clear}",
+        params={"x": f"1{clipboard}"},
+        tags={"kedro_error": f"bad{clear}", "mine": f"2{clipboard}"},
+    )
+
+    for words in (["runs", "--params=x"], ["runs", run_id], ["runs", "--json"]):
+        listed = mlflow_command(project, *words)
+
+        assert listed.status == 0, listed.err
+        assert "night" in "".join(listed.lines)
+        assert not set("\x1b\x07\x9b") & set("".join(listed.lines))
+
+
 def test_the_latest_runs_are_listed_with_what_they_measured(
     project: Project, mlflow_command: Command
 ) -> None:

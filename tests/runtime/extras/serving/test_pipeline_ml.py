@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -392,6 +393,36 @@ def test_a_secret_among_the_parameters_is_refused(
         project.run(pipeline_names=["training"])
 
     assert project.all_runs() == []
+
+
+def test_a_secret_bound_to_a_node_is_refused(trained: Callable[..., Project]) -> None:
+    project = trained()
+    bound = 'Node(partial(predict, key="s3cr3t-value")'
+    code = PIPELINE.replace("Node(predict", bound).replace("offset):", 'offset, key=""):')
+    code = code.replace("from pathlib", "from functools import partial\nfrom pathlib", 1)
+    project.pipeline(code.replace("MARKER", "has run").replace("LOG", "{}"), "training")
+    project.write("conf/local/credentials.yml", "server: {password: s3cr3t-value}")
+
+    with pytest.raises(click.ClickException, match="holds a secret, such as"):
+        project.run(pipeline_names=["training"])
+
+    assert project.all_runs() == []
+
+
+def test_files_of_secrets_beside_the_code_are_not_in_the_model(
+    trained: Callable[..., Project],
+) -> None:
+    project = trained()
+    for file in (".env", "secrets/api", "server.pem", "pipelines/.netrc", "secrets.py"):
+        project.write(f"src/{project.package}/{file}", "")
+
+    project.run(pipeline_names=["training"])
+
+    model = model_of(project, project.only_run())
+    folder = mlflow.artifacts.download_artifacts(f"models:/{model.metadata.model_id}")
+    names = {file.name for file in Path(folder).rglob("*")}
+    assert "secrets.py" in names
+    assert not {".env", "api", "server.pem", ".netrc"} & names
 
 
 def test_a_mistake_in_the_pipeline_is_one_sentence_too(trained: Callable[..., Project]) -> None:

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from pydantic import BaseModel, ValidationError
 
 from .errors import ConfigError
+from .hiding import Secrets
 from .keys import MlflowConfig
 from .loading import Sources, dotted, package_name
 from .uris import (
@@ -106,7 +107,9 @@ def _mistakes(sources: Sources, problems: Iterable[ErrorDetails]) -> ConfigError
 
 
 def _sentence(problem: ErrorDetails) -> str:
-    kind, value = problem["type"], repr(problem["input"])
+    kind, value = problem["type"], problem["input"]
+    name = dotted(problem["loc"]) if isinstance(value, dict | list) else ""
+    value = shown_uri(repr(Secrets(tuple(MlflowConfig().tracking.redact)).hide(value, name)))
     if kind == "extra_forbidden":
         return f"unknown key, {_nearest(problem['loc'])}"
     expected = _EXPECTED.get(kind) or re.sub(

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 from importlib.metadata import entry_points, version
 from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote, unquote_plus, urlsplit
 from urllib.request import url2pathname
 
 # Names the tracking URI that a notebook's environment has from a project, not from its user.
 ANNOUNCED = "KEDRO_MLFLOW_ANNOUNCED_URI"
+
+# A password may have a slash and an `@`; what follows a host's port may too.
+_LOGIN = re.compile(r"""//([^\s/:@"']*:(?!\d{1,5}[/?#])[^\s"']*|[^\s/?#]*)@""")
+_PASSWORD = re.compile(
+    r"""((?:^|[?&;\s])(?:odbc_connect|[\w.-]*(?:password|passwd|pwd|token|secret|api_?key|"""
+    r"""access_?key|sig|signature))=)(\{[^}]*\}|[^&;\s"']+)""",
+    re.IGNORECASE,
+)
 
 _SQLITE_FILE = re.compile(r"(?P<scheme>sqlite(\+\w+)?:///)(?P<path>(?!:memory:)[^?]+)")
 
@@ -36,10 +45,19 @@ def anchor_uri(uri: str, project_path: PurePath) -> str:
     return (project_path / uri).as_uri()
 
 
-def shown_uri(uri: str) -> str:
-    """Return a URI without the user and password in it, for logs and messages."""
-    uri = re.sub(r"([?&][^=&#]*password=)[^&#]*", r"\1***", uri)
-    return re.sub(r"//[^/?#]*@", "//***@", uri)
+def shown_uri(text: str) -> str:
+    """Return a URI, or a text with URIs, without the users and passwords in them."""
+    return _LOGIN.sub("//***@", _PASSWORD.sub(r"\1***", text))
+
+
+def passwords_in(text: str) -> Iterator[str]:
+    """Return the passwords in the URIs and connection strings of a text, as written and decoded."""
+    for login in _LOGIN.findall(text):
+        yield from {login.partition(":")[2], unquote(login.partition(":")[2])}
+    for _, value in _PASSWORD.findall(text):
+        yield from {value.strip("{}"), unquote_plus(value).strip("{}")}
+        if "=" in (inner := unquote_plus(value)):  # of odbc_connect
+            yield from passwords_in(inner)
 
 
 def without_login(uri: str) -> str:

@@ -14,10 +14,11 @@ from kedro.framework.cli.utils import env_option
 from kedro.framework.startup import ProjectMetadata
 
 from ..cli.session import opened, with_credentials, with_explained_errors
+from ..cli.tables import new_console
 from ..stores.embedded import prepare
 from .doctor import examine, show_findings
 from .runs import differences, find_run, read_details, read_latest, run_as_json
-from .showing import new_console, show_details, show_differences, show_latest
+from .showing import show_details, show_differences, show_latest
 from .store import IMPATIENT, exists
 
 
@@ -137,4 +138,6 @@ def _only_output_on_stdout() -> Iterator[None]:
 
 def _write_json(content: Any) -> None:
     # On one line, for `tail -n 1`: without conf/logging.yml Kedro has written to stdout before.
-    click.echo(json.dumps(content, ensure_ascii=False))
+    text = json.dumps(content, ensure_ascii=False)
+    # JSON escapes only the control characters below these.
+    click.echo(text.translate({code: f"\\u{code:04x}" for code in range(127, 160)}))

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
@@ -18,6 +17,7 @@ from .runs import Details, common_metrics, differences, duration_of, pipeline_of
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
+    from rich.console import Console
 
 _COLOURS = {"FINISHED": "green", "FAILED": "red", "KILLED": "yellow", "RUNNING": "cyan"}
 
@@ -26,11 +26,6 @@ _TEXT_WIDTH, _ID_LENGTH = 40, 8
 
 # How many metrics are tried for a place in the table of runs at most.
 _MOST_METRICS = 30
-
-
-def new_console() -> Console:
-    """Return a console that writes names as they are, and colours on a terminal only."""
-    return Console(markup=False, emoji=False, highlight=False)
 
 
 def show_latest(

@@ -16,7 +16,7 @@ from rich.filesize import decimal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from ..cli.session import opened, with_credentials
-from ..cli.tables import new_table, width_of
+from ..cli.tables import CONTROLS, new_console, new_table, width_of
 from ..config.uris import shown_uri
 from ..stores.errors import is_away, reason_of
 from ..tracking.ending import MARKERS, end_orphans
@@ -168,7 +168,8 @@ def _show_outcomes(disk: Disk, outcomes: Sequence[Outcome]) -> None:
     _print(table, disk)
     for outcome in outcomes:
         if outcome.problem:
-            click.echo(f"Not replayed: {outcome.run.info.run_id}: {outcome.problem}", err=True)
+            problem = f"Not replayed: {outcome.run.info.run_id}: {outcome.problem}"
+            click.echo(problem.translate(CONTROLS), err=True)
 
 
 def _print(table: Table, disk: Disk) -> None:
@@ -176,5 +177,5 @@ def _print(table: Table, disk: Disk) -> None:
     if not table.row_count:
         click.echo(f"Nothing waits for {disk.address}.")
         return
-    console = Console()
-    Console(width=max(console.width, width_of(table, console))).print(table, crop=False)
+    console = new_console()
+    new_console(max(console.width, width_of(table, console))).print(table, crop=False)

@@ -13,7 +13,7 @@ from kedro.framework.cli.utils import env_option
 from kedro.framework.project import pipelines
 from kedro.framework.startup import ProjectMetadata
 
-from ..binding import bind, end, fail, open_run, secrets_of
+from ..binding import bind, end, fail, open_run, secrets_of_run
 from ..cli.session import opened
 from ..config.loading import package_name
 from .hook import import_packing
@@ -87,7 +87,8 @@ def modelify(
         model = packing.KedroPipelineModel(
             pipelines[name], catalog, input_name, copy_mode=copy_mode
         )
-        packing.check(model, catalog, secrets_of(context), arguments)
+        secrets = secrets_of_run(context, model.pipeline, catalog)
+        packing.check(model, catalog, secrets, arguments)
         run_params = {
             "project_path": str(metadata.project_path),
             "env": context.env,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from kedro.framework.hooks import hook_impl
 
-from ..binding import context_of_run, fail, is_tracked, refuse_old_server, run_of, secrets_of
+from ..binding import context_of_run, fail, is_tracked, refuse_old_server, run_of, secrets_of_run
 from ..config.loading import package_name
 from .pipeline_ml import PipelineML
 
@@ -41,10 +41,11 @@ class ServingHook:
             names = ", ".join(sorted(pipeline.missing))
             logger.warning("No model will be logged: %s isn't in the part that runs", names)
             return (yield)
+        model = _model_of(pipeline, catalog)
         import_packing().check(
-            _model_of(pipeline, catalog),
+            model,
             catalog,
-            secrets_of(context),
+            secrets_of_run(context, model.pipeline, catalog),
             pipeline.log_model_kwargs,
             given=pipeline.inputs(),
         )

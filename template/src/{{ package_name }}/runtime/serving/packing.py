@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
+from shutil import copytree
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from mlflow.pyfunc.model import PythonModelContext
 from mlflow.types import Schema
 
 from .._kedro import uncached
+from ..config.hiding import plain
 from ..datasets.flavors import with_requirements
 from ..datasets.models import REFUSED_IN_NAME
 from .pipeline_ml import PipelineError
@@ -32,8 +34,8 @@ if TYPE_CHECKING:
     from kedro.io import DataCatalog
     from mlflow.models.model import ModelInfo
 
+    from ..config.hiding import Secrets
     from ..tracking.handle import RunHandle
-    from ..tracking.params import Secrets
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +74,7 @@ def check(
             f"{' '.join(sorted(refused))}"
         )
     for name, value in model.parameters.items():
-        if secrets.hide(value, name) != value:
+        if secrets.hide(plain(value), name) != plain(value):
             raise PipelineError(
                 f"{name!r} has a value that is or looks like a secret, and would be in the model "
                 "for everybody to read: have the node read it from the environment, or take what "
@@ -88,9 +90,15 @@ def check(
                 f"a {name}, which may be None."
             )
     try:
-        cloudpickle.dumps(model)
+        pickled = cloudpickle.dumps(model)
     except Exception as error:  # whatever an object of the nodes or the runner raises
         raise PipelineError(f"The inference pipeline can't be pickled: {error}") from error
+    if secrets.are_in(pickled.decode(errors="replace")):
+        raise PipelineError(
+            "A node of the inference pipeline holds a secret, such as a value of credentials.yml "
+            "bound by functools.partial, and it would be in the model for everybody to read: have "
+            "the node read it from the environment."
+        )
     signature = arguments.get("signature")
     if isinstance(signature, str) and signature != "auto":
         raise PipelineError(
@@ -120,7 +128,7 @@ def log(
     data = None
     if "auto" in (arguments.get("signature"), arguments.get("input_example")):
         data = catalog.load(model.input_name)
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory() as folder, TemporaryDirectory() as code_folder:
         artifacts = model.extract_pipeline_artifacts(Path(folder))
         for file in Path(folder).rglob("MLmodel"):
             _Description.load(str(file)).save(str(file))
@@ -133,7 +141,10 @@ def log(
         # After the prediction, which may have imported more of the project's libraries.
         required, libraries = of_project(package)
         given = arguments.get("code_paths") or ()
-        arguments["code_paths"] = _code(model, package, libraries, given)
+        code = _code(model, package, libraries)
+        arguments["code_paths"] = _copied(code, Path(code_folder)) + [
+            str(Path(path).resolve()) for path in given
+        ]
         arguments = with_requirements(
             mlflow.pyfunc, model, arguments, required, indexes_of(package)
         )
@@ -225,13 +236,33 @@ def _first_rows(data: Any, rows: int) -> Any:
     return data if isinstance(data, dict | str | int | float) else None
 
 
-def _code(
-    model: KedroPipelineModel, package: str, libraries: Iterable[Path], given: Iterable[str]
-) -> list[str]:
-    """Return the code for the model: the package, modules that aren't installed, what is given."""
+def _code(model: KedroPipelineModel, package: str, libraries: Iterable[Path]) -> list[Path]:
+    """Return the code for the model: the package, and modules that aren't installed."""
     known = {package, "__main__", *sys.stdlib_module_names}
     others = {name.partition(".")[0] for name in model.modules} - known
     files = [path for module in sorted(others) for path in sources(module)]
     own = [path for path in files if not INSTALLED.intersection(path.parts)]
-    paths = [*sources(package), *own, *libraries, *(Path(path).resolve() for path in given)]
-    return [str(path) for path in dict.fromkeys(paths)]
+    return list(dict.fromkeys([*sources(package), *own, *libraries]))
+
+
+def _copied(code: Iterable[Path], folder: Path) -> list[str]:
+    """Copy the folders of code without the secrets in them; MLflow would copy all."""
+    paths = []
+    for path in code:
+        if path.is_dir():
+            copy = folder / path.name
+            path = copytree(path, copy, ignore=_secret_files, dirs_exist_ok=True)
+        paths.append(str(path))
+    return list(dict.fromkeys(paths))
+
+
+def _secret_files(folder: str, names: list[str]) -> set[str]:
+    """Return which files of a folder are no code: hidden ones, keys, and folders of secrets."""
+    return {
+        name
+        for name in names
+        if name == "__pycache__"
+        or name.startswith(".")
+        or name.endswith((".pem", ".key"))
+        or (name == "secrets" and not Path(folder, name, "__init__.py").exists())
+    }

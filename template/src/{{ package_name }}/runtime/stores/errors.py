@@ -366,4 +366,5 @@ def _message_of(causes: Sequence[BaseException]) -> str:
 def _in_short(text: str) -> str:
     """Return the first line of a text, without what follows 200 characters."""
     line = next((line.strip() for line in text.splitlines() if line.strip()), "no reason given")
+    line = "".join(character for character in line if character.isprintable())
     return line if len(line) <= 200 else f"{line[:199]}…"

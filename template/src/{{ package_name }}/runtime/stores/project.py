@@ -12,6 +12,7 @@ from pydantic import Field, PrivateAttr
 from .. import _mlflow
 from ..config import keys
 from ..config.checking import load_config
+from ..config.hiding import secrets_of
 from ..config.loading import mistake, read_credentials
 from ..config.uris import ANNOUNCED
 from . import credentials
@@ -130,5 +131,5 @@ def register_header_provider(context: KedroContext) -> RequestHeaderProvider | N
     try:
         return credentials.register_header_provider(options, context)
     except Exception as error:  # the class is the user's code
-        what = f"type {options.type!r} can't be used: {error}"
+        what = secrets_of(context).hide_in(f"type {options.type!r} can't be used: {error}")
         raise mistake(context, ("server", "request_header_provider"), what) from error

@@ -7,31 +7,23 @@ import os
 import posixpath
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 from kedro.io.core import is_parameter
 
 from ..config.errors import ConfigError
-from ..config.loading import all_credentials
+from ..config.hiding import plain
 
 if TYPE_CHECKING:
-    from kedro.framework.context import KedroContext
     from kedro.io import DataCatalog
     from kedro.pipeline import Pipeline
 
+    from ..config.hiding import Secrets
     from ..config.keys import ParamsOptions
 
 # What MLflow accepts as the name of a parameter (mlflow.utils.validation).
 _REFUSED = re.compile(r"[^/\w.\- ]" if os.name == "nt" else r"[^/\w.\- :]")
 _MAX_NAME = 250
-
-# Shorter values of credentials are no secrets; below the second length they are common words.
-_SHORT_SECRET = 4
-_LONG_SECRET = 6
-
-REDACTED = "***"
 
 
 def of_pipeline(
@@ -52,14 +44,14 @@ def of_pipeline(
         for name in sorted(inputs)
         if name in catalog
     }
-    values = {name: secrets.hide(value, name) for name, value in values.items()}
+    values = {name: secrets.hide(plain(value), name) for name, value in values.items()}
     named: Iterable[tuple[str, Any]] = values.items()
     if options.dict_params.flatten:
         named = flatten(
             values, recursive=options.dict_params.recursive, sep=options.dict_params.sep
         )
     return split_long(
-        {name: secrets.hide_in(str(value)) for name, value in rename(named).items()},
+        rename((secrets.hide_in(name), secrets.hide_in(str(value))) for name, value in named),
         limit=options.max_length or MAX_PARAM_VAL_LENGTH,
         strategy=options.long_params_strategy,
     )
@@ -107,64 +99,6 @@ def _fitting(name: str) -> str:
         digest = hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:8]
         fitting = f"{fitting[: _MAX_NAME - 9]}_{digest}"
     return fitting
-
-
-@dataclass(frozen=True)
-class Secrets:
-    """The values that are hidden: those with names of secrets, and those of credentials.
-
-    `patterns` are names as in `fnmatch`, whatever their case; `values` come from credentials.
-    """
-
-    patterns: tuple[str, ...]
-    values: frozenset[str] = field(default=frozenset(), repr=False)
-
-    def hide(self, value: Any, name: str = "") -> Any:
-        """Replace by `***` each secret value, also inside of dictionaries and lists."""
-        if name and self._is_named(name):
-            return REDACTED
-        if isinstance(value, Mapping):
-            return {key: self.hide(item, str(key)) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            hidden = [self.hide(item) for item in value]
-            return tuple(hidden) if isinstance(value, tuple) else hidden
-        if isinstance(value, str):
-            return self.hide_in(value)
-        return REDACTED if str(value) in self.values else value
-
-    def hide_in(self, text: str) -> str:
-        """Replace by `***` each secret value in a text; a short one only if it is all of it."""
-        if text in self.values:
-            return REDACTED
-        for secret in sorted(self.values, key=len, reverse=True):
-            if len(secret) >= _LONG_SECRET:
-                text = text.replace(secret, REDACTED)
-        return text
-
-    def _is_named(self, name: str) -> bool:
-        parts = re.split(r"[./:]", name.lower())
-        return any(fnmatchcase(p, pattern.lower()) for p in parts for pattern in self.patterns)
-
-
-def secrets_of(context: KedroContext) -> Secrets:
-    """Return what is hidden in all that is logged: credentials, and what has a secret's name."""
-    return Secrets(
-        tuple(context.mlflow.tracking.redact),  # type: ignore[attr-defined]
-        frozenset(secret_values(all_credentials(context))),
-    )
-
-
-def secret_values(credentials: Any) -> Iterator[str]:
-    """Return the values in credentials that are long enough to be told from ordinary ones."""
-    if isinstance(credentials, Mapping):
-        credentials = credentials.values()
-    if isinstance(credentials, str | int | float):
-        text = str(credentials)
-        if len(text) >= _SHORT_SECRET and text.lower() not in {"true", "false", "none", "null"}:
-            yield text
-    elif isinstance(credentials, Iterable):
-        for item in credentials:
-            yield from secret_values(item)
 
 
 def split_long(

@@ -18,8 +18,8 @@ from kedro.utils import is_kedro_project
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ..config.hiding import Secrets
 from ..config.loading import package_name
-from .params import Secrets
 
 # Names the version of the template that the runtime is of.
 VERSION = Path(__file__).parents[1] / "VERSION"
