@@ -93,20 +93,18 @@ def test_set_active_experiment(store: MlflowClient) -> None:
 
 
 @pytest.mark.skipif(not has("mlflow", "3.10"), reason="MLflow puts them where it is used")
-def test_export_artifact_root(
+def test_artifact_root_variable(
     empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("_MLFLOW_SERVER_ARTIFACT_ROOT", raising=False)
     shutil.copy(empty_store, tmp_path / "mlflow.db")
     files = (tmp_path / "files").as_uri()
 
-    _mlflow.export_artifact_root(files)
+    for name, value in _mlflow.artifact_root_variable(files).items():
+        monkeypatch.setenv(name, str(value))
     client = MlflowClient(f"sqlite:///{tmp_path.as_posix()}/mlflow.db")
     location = client.get_experiment(client.create_experiment("penguins")).artifact_location
-    _mlflow.export_artifact_root(None)
 
     assert location.startswith(files), "MLflow has another name for _MLFLOW_SERVER_ARTIFACT_ROOT"
-    assert "_MLFLOW_SERVER_ARTIFACT_ROOT" not in os.environ
 
 
 def test_engines(store: MlflowClient, tmp_path: Path) -> None:
