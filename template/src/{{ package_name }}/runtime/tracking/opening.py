@@ -72,6 +72,8 @@ def start(
     given_id = credentials.original("MLFLOW_RUN_ID")
     # MLflow would take up that run where the user's code asks for a child of it.
     exported: dict[str, str | None] = {**variables, "MLFLOW_RUN_ID": None}
+    if workspace := os.environ.get("MLFLOW_WORKSPACE"):  # for workers on other machines
+        exported.setdefault("MLFLOW_WORKSPACE", workspace)
     if shown_uri(server.tracking_uri) != server.tracking_uri:
         # MLflow prints the address of each run, password and all.
         exported["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
@@ -81,7 +83,7 @@ def start(
     try:
         autologging.switch_on(options.autolog)
         with failures.translate_server_errors(server, variables):
-            tags = {**tags, **process.this_process().tags()}
+            tags = {**tags, **_context_tags(), **process.this_process().tags()}
             handle, tags = _open(server, options, name, tags, given_id, project_path, run_before)
         handle = replace(handle, opening=opening)
     except BaseException:
@@ -96,6 +98,8 @@ def start(
                 handle.set_tags(tags)
             handle.log_params(params)
             handle.enter("pipeline")
+            if not handle.attached:
+                _log_system_metrics(handle)
             end_orphans(handle.server, markers)
         except BaseException:
             finish(handle, "FAILED")
@@ -107,6 +111,39 @@ def start(
         "attached to" if handle.attached else "started",
     )
     return handle
+
+
+def _context_tags() -> dict[str, str]:
+    """Return the tags of MLflow's run-context providers: Databricks' and those of plug-ins.
+
+    Without its own for user, script and git: ours are of the project.
+    """
+    from mlflow.tracking.context.default_context import DefaultRunContext
+    from mlflow.tracking.context.git_context import GitRunContext
+    from mlflow.tracking.context.registry import resolve_tags
+
+    tags = resolve_tags(ignore=[DefaultRunContext, GitRunContext])  # type: ignore[list-item]
+    return {key: str(value) for key, value in tags.items()}
+
+
+def _log_system_metrics(run: RunHandle) -> None:
+    """Log what the machine does to a run, where MLflow is told to; as `mlflow.start_run` does."""
+    from mlflow.environment_variables import MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING
+
+    if not MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING.get():
+        return
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+    from mlflow.tracking.fluent import run_id_to_system_metrics_monitor
+
+    monitor = run_id_to_system_metrics_monitor.pop(run.run_id, None)  # of a run that a hook opened
+    try:
+        if monitor is None:
+            monitor = SystemMetricsMonitor(run.run_id, resume_logging=not run.fresh)
+            monitor.start()
+    except Exception as error:  # each kind of machine has errors of its own, and no psutil is one
+        logger.warning("System metrics are not logged: %s", error)
+    else:
+        run.before_end(monitor.finish)
 
 
 def _caller() -> FrameType:
