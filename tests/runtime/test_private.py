@@ -18,8 +18,8 @@ import mlflow
 import pytest
 from kedro.config import OmegaConfigLoader
 from kedro.framework.hooks import hook_impl, manager
-from kedro.io import AbstractDataset, CachedDataset, MemoryDataset, Version
-from kedro.pipeline import Node
+from kedro.io import AbstractDataset, CachedDataset, DataCatalog, MemoryDataset, Version
+from kedro.pipeline import Node, Pipeline
 from kedro.runner.task import Task
 from kedro_datasets.partitions import PartitionedDataset  # type: ignore[import-untyped]
 from kedro_datasets.text import TextDataset  # type: ignore[import-untyped]
@@ -245,6 +245,24 @@ class Inheriting(Gathering):
 
     def load(self) -> str:
         return "inherited"
+
+
+def same(x: Any) -> Any:
+    return x
+
+
+def test_part_that_runs(tmp_path: Path) -> None:
+    (tmp_path / "a").touch()
+    nodes = [Node(same, "x", "a", name="a"), Node(same, "x", "b", name="b")]
+    files = {name: TextDataset(filepath=(tmp_path / name).as_posix()) for name in "ab"}
+    catalog = DataCatalog({"x": MemoryDataset(1), **files})
+
+    part = _kedro.part_that_runs(Pipeline(nodes), catalog)
+    (tmp_path / "b").touch()
+    nothing = _kedro.part_that_runs(Pipeline(nodes), catalog)
+
+    assert [node.name for node in part.nodes] == ["b"]
+    assert nothing.nodes == []
 
 
 def test_uncached() -> None:

@@ -281,7 +281,9 @@ def test_what_a_hook_logs_before_an_attached_run_lands_in_it(early: Project) -> 
     mlflow.set_tracking_uri(early.tracking_uri)
     with mlflow.start_run(run_name="theirs") as theirs:
         early.run(pipeline_names=["work"], node_names=["n0"])
-        assert mlflow.active_run().info.run_id == theirs.info.run_id
+        active = mlflow.active_run()
+        assert active
+        assert active.info.run_id == theirs.info.run_id
 
     run = early.client.get_run(theirs.info.run_id)
     check_early(run, 0)

@@ -201,6 +201,23 @@ def open_run(
     return run
 
 
+def part_that_runs(
+    context: KedroContext,
+    run_params: Mapping[str, Any],
+    pipeline: Pipeline,
+    catalog: DataCatalog,
+) -> Pipeline:
+    """Return the part of a pipeline whose nodes run: `--only-missing-outputs` leaves some out."""
+    if not run_params.get("only_missing_outputs"):
+        return pipeline
+    prepare_untracked(context, catalog)
+    try:
+        bind(context, pipeline, catalog, None)  # what there is already is of other runs
+        return _kedro.part_that_runs(pipeline, catalog)
+    finally:
+        credentials.take_back(_untracked(catalog))
+
+
 def prepare_untracked(context: KedroContext, catalog: DataCatalog) -> None:
     """Export the credentials with which a catalog without a run loads from the server."""
     config = _config_of(context)

@@ -64,6 +64,7 @@ class MlflowHook:
             stores.project.end_announcement()
         context, run = binding.context_of_run(), None
         if binding.is_tracked(context, run_params):
+            pipeline = binding.part_that_runs(context, run_params, pipeline, catalog)
             run = binding.open_run(context, run_params, pipeline, catalog)
         else:
             binding.prepare_untracked(context, catalog)
