@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import pickle
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,6 +14,7 @@ from pathlib import Path
 import pytest
 from click import ClickException
 from kedro.io import DatasetError
+from mlflow.tracking.context import registry
 
 from runtime.stores.server import Server
 from runtime.tracking.handle import RunHandle
@@ -29,6 +32,24 @@ CATALOG = """
   dataset:
     type: text.TextDataset
     filepath: data/08_reporting/{name}.txt
+"""
+
+# Waits until the first system metrics are there.
+MEASURED = """
+import time
+
+import mlflow
+from kedro.pipeline import Node, Pipeline
+
+def work():
+    run_id = mlflow.active_run().info.run_id
+    end = time.monotonic() + 30
+    while not mlflow.get_run(run_id).data.metrics and time.monotonic() < end:
+        pass
+    return 1
+
+def create_pipeline():
+    return Pipeline([Node(work, None, "y")])
 """
 
 
@@ -103,6 +124,59 @@ def test_a_store_is_made_on_a_file_system_without_links(
 
     assert project.only_run().info.status == "FINISHED"
     assert [file.name for file in project.path.glob("mlflow.db*")] == ["mlflow.db"]
+
+
+class Company:
+    """A plug-in of MLflow that knows who runs what where."""
+
+    def in_context(self) -> bool:
+        return True
+
+    def tags(self) -> dict[str, str]:
+        return {"company.cost_centre": "4711", "mlflow.user": "ada@example.org"}
+
+
+def test_a_run_has_the_tags_of_run_context_providers(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry._run_context_provider_registry, "_registry", [Company()])
+    project.pipeline(ONE_NODE)
+    project.parameters({"x": 1})
+
+    project.run()
+
+    tags = project.only_run().data.tags
+    assert tags["company.cost_centre"] == "4711"
+    assert tags["mlflow.user"] == "ada@example.org"
+    assert tags["mlflow.source.name"] == project.package
+
+
+def test_a_run_has_the_context_that_a_launcher_gives(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {"mlflow.source.type": "JOB", "mlflow.databricks.jobID": "7"}
+    monkeypatch.setenv("MLFLOW_RUN_CONTEXT", json.dumps(given))
+    project.pipeline(ONE_NODE)
+    project.parameters({"x": 1})
+
+    project.run()
+
+    assert given.items() <= project.only_run().data.tags.items()
+
+
+def test_a_run_has_system_metrics_where_mlflow_is_told_to_log_them(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "true")
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.01")
+    project.pipeline(MEASURED)
+
+    project.run()
+
+    run = project.only_run()
+    assert run.info.status == "FINISHED"
+    assert "system/cpu_utilization_percentage" in run.data.metrics
+    assert "SystemMetricsMonitor" not in {thread.name for thread in threading.enumerate()}
 
 
 def test_two_runs_in_one_process_are_two_runs(project: Project) -> None:

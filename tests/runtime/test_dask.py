@@ -147,7 +147,7 @@ def everything(project: Project, run: Run, runs: list[Run]) -> dict[str, Any]:
     models = client.search_logged_models(
         [run.info.experiment_id], filter_string=f"source_run_id = '{run_id}'"
     )
-    own = {"pid", "process_start", "kedro_command", "run_id", "runner"}
+    own = {"pid", "process_start", "process_start_ticks", "kedro_command", "run_id", "runner"}
     children = [r for r in runs if r.data.tags.get("mlflow.parentRunId") == run_id]
     return {
         "status": run.info.status,

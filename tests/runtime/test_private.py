@@ -18,8 +18,8 @@ import mlflow
 import pytest
 from kedro.config import OmegaConfigLoader
 from kedro.framework.hooks import hook_impl, manager
-from kedro.io import AbstractDataset, CachedDataset, MemoryDataset, Version
-from kedro.pipeline import Node
+from kedro.io import AbstractDataset, CachedDataset, DataCatalog, MemoryDataset, Version
+from kedro.pipeline import Node, Pipeline
 from kedro.runner.task import Task
 from kedro_datasets.partitions import PartitionedDataset  # type: ignore[import-untyped]
 from kedro_datasets.text import TextDataset  # type: ignore[import-untyped]
@@ -93,20 +93,18 @@ def test_set_active_experiment(store: MlflowClient) -> None:
 
 
 @pytest.mark.skipif(not has("mlflow", "3.10"), reason="MLflow puts them where it is used")
-def test_export_artifact_root(
+def test_artifact_root_variable(
     empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("_MLFLOW_SERVER_ARTIFACT_ROOT", raising=False)
     shutil.copy(empty_store, tmp_path / "mlflow.db")
     files = (tmp_path / "files").as_uri()
 
-    _mlflow.export_artifact_root(files)
+    for name, value in _mlflow.artifact_root_variable(files).items():
+        monkeypatch.setenv(name, str(value))
     client = MlflowClient(f"sqlite:///{tmp_path.as_posix()}/mlflow.db")
     location = client.get_experiment(client.create_experiment("penguins")).artifact_location
-    _mlflow.export_artifact_root(None)
 
     assert location.startswith(files), "MLflow has another name for _MLFLOW_SERVER_ARTIFACT_ROOT"
-    assert "_MLFLOW_SERVER_ARTIFACT_ROOT" not in os.environ
 
 
 def test_engines(store: MlflowClient, tmp_path: Path) -> None:
@@ -247,6 +245,24 @@ class Inheriting(Gathering):
 
     def load(self) -> str:
         return "inherited"
+
+
+def same(x: Any) -> Any:
+    return x
+
+
+def test_part_that_runs(tmp_path: Path) -> None:
+    (tmp_path / "a").touch()
+    nodes = [Node(same, "x", "a", name="a"), Node(same, "x", "b", name="b")]
+    files = {name: TextDataset(filepath=(tmp_path / name).as_posix()) for name in "ab"}
+    catalog = DataCatalog({"x": MemoryDataset(1), **files})
+
+    part = _kedro.part_that_runs(Pipeline(nodes), catalog)
+    (tmp_path / "b").touch()
+    nothing = _kedro.part_that_runs(Pipeline(nodes), catalog)
+
+    assert [node.name for node in part.nodes] == ["b"]
+    assert nothing.nodes == []
 
 
 def test_uncached() -> None:

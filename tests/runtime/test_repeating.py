@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+from enum import Enum
 from pathlib import Path
 
 import pytest
@@ -65,7 +68,7 @@ TAGS = {
 }
 
 # What differs between a run and the one that repeats it.
-OF_ONE_RUN = {"run_id", "session_id", "pid", "process_start"}
+OF_ONE_RUN = {"run_id", "session_id", "pid", "process_start", "process_start_ticks"}
 
 
 def words_of(command: str) -> list[str]:
@@ -130,6 +133,26 @@ def test_the_command_in_the_tags_repeats_the_run(two: Project, words: list[str])
         option, _, value = word[2:].partition("=")
         if tag := TAGS.get(option):
             assert tags[tag] == value
+
+
+@needs_kedro("1.2")
+def test_only_what_runs_is_recorded_where_outputs_are_there_already(two: Project) -> None:
+    code = TWO_PIPELINES.replace("NAME", "two").replace("params:x", "params:w")
+    two.pipeline(code.replace('"parameters"', '"params:v"'), name="two")
+    two.parameters({"x": 1, "w": 2, "v": 3})
+    two.catalog(TEXTS + '"{name}_c": {type: text.TextDataset, filepath: "data/{name}_c.txt"}\n')
+
+    two.run(pipeline_names=["two"])
+    two.run(pipeline_names=["one", "two"], only_missing_outputs=True)
+    two.run(pipeline_names=["one", "two"], only_missing_outputs=True)
+
+    third, second, first = two.all_runs()
+    assert {run.info.status for run in (first, second, third)} == {"FINISHED"}
+    assert [sorted(run.data.params) for run in (first, second, third)] == [
+        ["v", "w"],
+        ["parameters", "x"],
+        [],
+    ]
 
 
 def test_secrets_are_nowhere_in_the_store(two: Project) -> None:
@@ -205,6 +228,35 @@ def test_values_of_every_kind_are_parameters(two: Project) -> None:
     }
 
 
+class Colour(Enum):
+    RED = "red"
+
+
+def test_parameters_of_a_script_may_have_any_type(two: Project) -> None:
+    given = {"x": Path("data"), "y": {"bytes": b"egg", "enum": Colour.RED, Colour.RED: [Path("a")]}}
+
+    two.run(params=given, node_names=["space.one_make"])
+
+    run = two.only_run()
+    assert run.info.status == "FINISHED"
+    assert run.data.params["x"] == "data"
+    assert json.loads(run.data.tags["runtime_params"]) == {
+        "x": "data",
+        "y": {"bytes": "b'egg'", "enum": "Colour.RED", "Colour.RED": ["a"]},
+    }
+    assert "--params=x=data," in run.data.tags["kedro_command"]
+
+
+def test_a_user_whose_name_is_no_text_has_runs(
+    two: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOGNAME", os.fsdecode(b"caf\xe9"))
+
+    two.run(node_names=["space.one_make"])
+
+    assert two.only_run().data.tags["mlflow.user"] == "caf?"
+
+
 def test_git_is_asked_at_most_twice_and_only_about_the_project(
     two: Project, tmp_path: Path
 ) -> None:
@@ -231,6 +283,24 @@ def test_git_is_asked_at_most_twice_and_only_about_the_project(
     assert tags["mlflow.source.git.commit"] == git(two.path, "rev-parse", "HEAD")
     assert tags["mlflow.source.git.branch"] == "work"
     assert tags["mlflow.source.git.dirty"] == "true"  # the runs' own outputs
+
+
+def test_the_command_in_the_tags_repeats_the_run_of_a_package(two: Project) -> None:
+    words = ["--nodes=space.one_make", "--params=x=2", "--async"]
+    env = {**os.environ, "PYTHONPATH": str(two.path / "src")}
+    subprocess.run([sys.executable, "-m", two.package, *words], cwd=two.path, env=env, check=True)
+    tags = two.only_run().data.tags
+
+    python, *again = shlex.split(tags["kedro_command"])
+    subprocess.run([sys.executable, *again], cwd=two.path, env=env, check=True)
+
+    assert [python, *again[:2]] == ["python", "-m", two.package]
+    assert "async" in again[-1]
+    repeated = two.all_runs()[0].data.tags
+    assert repeated["run_id"] != tags["run_id"]
+    assert {k: v for k, v in tags.items() if k not in OF_ONE_RUN} == {
+        k: v for k, v in repeated.items() if k not in OF_ONE_RUN
+    }
 
 
 def test_a_packaged_project_takes_nothing_from_the_repository_it_is_run_in(

@@ -18,7 +18,7 @@ from mlflow.store.artifact.artifact_repository_registry import get_artifact_repo
 
 # Tags that no two runs have alike.
 OF_ONE_RUN = re.compile(
-    r"run_id|session_id|host|pid|process_start|kedro_recorded_as|mlflow\.source\.git\..*"
+    r"run_id|session_id|host|pid|process_start(_ticks)?|kedro_recorded_as|mlflow\.source\.git\..*"
 )
 
 # The tag of a logged model that says which versions were registered from it.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 import click
 import mlflow
@@ -214,3 +215,99 @@ def test_a_kedro_run_within_a_node_is_a_child_of_its_run(
     assert {run.info.status for run in runs.values()} == {"FINISHED"}
     assert runs["work"].data.metrics == {"m3": 3, "fluent_3": 3}
     assert mlflow.active_run() is None
+
+
+EARLY = """
+import mlflow
+from kedro.framework.hooks import hook_impl
+
+class Early:
+    @hook_impl
+    def after_context_created(self, context):
+        mlflow.set_tag("team", "penguins")
+
+    @hook_impl
+    def after_catalog_created(self, catalog):
+        mlflow.log_param("entries", len(list(catalog)))
+"""
+
+
+@pytest.fixture
+def early(tasks: Project) -> Project:
+    """A project with a hook that logs before the run is open."""
+    tasks.write(f"src/{tasks.package}/early.py", EARLY)
+    settings = tasks.path / "src" / tasks.package / "settings.py"
+    text = f"\nfrom {tasks.package}.early import Early\nHOOKS = (*HOOKS, Early())\n"
+    settings.write_text(settings.read_text("utf-8") + text, "utf-8")
+    return tasks
+
+
+def check_early(run: Run, *numbers: int) -> None:
+    """Check that the run has what the hook and the nodes have logged."""
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["team"] == "penguins"
+    assert "entries" in run.data.params
+    assert {f"m{n}" for n in numbers} <= run.data.metrics.keys()
+    assert mlflow.active_run() is None
+
+
+def test_what_a_hook_logs_before_the_run_lands_in_it(early: Project) -> None:
+    early.run(pipeline_names=["work"], node_names=["n0"])
+    early.run(pipeline_names=["work"], node_names=["n1"])
+
+    assert not {"MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"} & os.environ.keys()
+    second, first = (run for run in early.all_runs() if "mlflow.parentRunId" not in run.data.tags)
+    check_early(first, 0)
+    check_early(second, 1)
+    for run in (first, second):
+        assert run.info.run_name == "work"
+        assert run.data.tags["mlflow.source.name"] == early.package
+        assert early.client.get_experiment(run.info.experiment_id).name == early.package
+        assert run.info.artifact_uri.startswith((early.path / "mlartifacts").as_uri())
+
+
+def test_what_a_hook_logs_before_the_run_lands_in_the_run_that_is_continued(early: Project) -> None:
+    run_id = owned_run(early).info.run_id
+    early.mlflow_yml(f"tracking: {{run: {{id: {run_id}}}}}")
+
+    early.run(pipeline_names=["work"], node_names=["n0"])
+
+    run = early.client.get_run(run_id)
+    check_early(run, 0)
+    assert run.info.run_name == "theirs"
+
+
+def test_what_a_hook_logs_before_an_attached_run_lands_in_it(early: Project) -> None:
+    mlflow.set_tracking_uri(early.tracking_uri)
+    with mlflow.start_run(run_name="theirs") as theirs:
+        early.run(pipeline_names=["work"], node_names=["n0"])
+        active = mlflow.active_run()
+        assert active
+        assert active.info.run_id == theirs.info.run_id
+
+    run = early.client.get_run(theirs.info.run_id)
+    check_early(run, 0)
+    assert run.info.run_name == "theirs"
+
+
+def test_what_a_hook_logs_before_the_run_lands_in_it_from_the_command_line(early: Project) -> None:
+    ended = early.kedro("run", "--pipelines=work", "--nodes=n0")
+
+    assert ended.returncode == 0, ended.stderr
+    run = next(run for run in early.all_runs() if "mlflow.parentRunId" not in run.data.tags)
+    check_early(run, 0)
+    assert early.client.get_experiment(run.info.experiment_id).name == early.package
+
+
+def test_the_users_server_holds_after_a_hook_has_logged_early(
+    early: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = f"sqlite:///{tmp_path.as_posix()}/theirs.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+
+    early.run(pipeline_names=["work"], node_names=["n0"])
+
+    assert os.environ["MLFLOW_TRACKING_URI"] == uri
+    assert early.all_runs() == []
+    early.tracking_uri = uri
+    check_early(next(r for r in early.all_runs() if "mlflow.parentRunId" not in r.data.tags), 0)

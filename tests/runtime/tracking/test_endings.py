@@ -9,6 +9,7 @@ import select
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -176,6 +177,17 @@ def test_the_last_line_of_a_run_on_a_server_is_the_address_of_its_page(
     assert run.info.experiment_id == experiment_id
 
 
+def test_the_page_of_a_run_is_in_the_workspace_of_its_server(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MLFLOW_WORKSPACE", "team a")
+    run = RunHandle(Server("http://mlflow", "http://mlflow"), "ab12", "7", artifact_uri="")
+
+    page = where_to_look(run, None)
+
+    assert page == "http://mlflow/#/experiments/7/runs/ab12?workspace=team%20a"
+
+
 def test_the_page_of_a_run_on_databricks_is_in_its_workspace(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -336,6 +348,8 @@ def test_only_runs_whose_process_is_surely_gone_are_ended(project: Project) -> N
         "another host": Process("elsewhere", here.pid, here.start_time - 60),
         "unknown start": Process(here.host, here.pid, None, here.namespace),
     }
+    if here.start_ticks:  # what the clock says counts only where the system tells nothing else
+        others["alive, and the clock was set"] = replace(here, start_time=here.start_time - 60)
     ids = {}
     for name, process in {"gone": gone, "already ended": gone, **others}.items():
         ids[name] = project.client.create_run(experiment, run_name=name).info.run_id

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
+from datetime import date
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -67,12 +70,36 @@ def test_the_command_gives_the_same_parameters_whatever_they_are(given: dict[str
     assert (context.params["params"] or {}) == given
 
 
+class Colour(Enum):
+    RED = "red"
+
+
+@pytest.mark.parametrize(
+    ("value", "repeated"),
+    [
+        (Path("data/01_raw"), str(Path("data/01_raw"))),
+        (b"egg", "b'egg'"),
+        (Colour.RED, "Colour.RED"),
+        (date(2026, 11, 28), "2026-11-28"),
+        ((1, 2), [1, 2]),
+        ({Colour.RED: [Path("a")]}, {"Colour.RED": ["a"]}),
+    ],
+    ids=str,
+)
+def test_a_parameter_of_any_type_is_in_the_command(value: Any, repeated: Any) -> None:
+    command = provenance.kedro_command({"runtime_params": {"x": value}})
+
+    context = kedro_run.make_context("run", shlex.split(command)[2:])
+    assert context.params["params"] == {"x": repeated}
+
+
 @pytest.mark.parametrize(
     "typed",
     [
         pytest.param(["--runner-params=is_async=True,max_workers=2"], marks=needs_kedro("1.6")),
         ["--async"],
         ["--conf-source=conf/other"],
+        ["--conf-source=s3://bucket/conf.tar.gz"],
         [],
     ],
 )
@@ -123,6 +150,18 @@ def test_git_tags_name_commit_branch_and_whether_anything_is_uncommitted(tmp_pat
 
     git(tmp_path, "checkout", "--detach")
     assert "mlflow.source.git.branch" not in provenance.git_tags(tmp_path)
+
+
+def test_git_tags_are_set_whatever_the_encoding_of_names(tmp_path: Path) -> None:
+    git(tmp_path, "init", "--initial-branch=work")
+    git(tmp_path, "config", "core.quotepath", "false")
+    (tmp_path / ".git/HEAD").write_bytes(b"ref: refs/heads/caf\xe9\n")
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.txt")).touch()
+
+    assert provenance.git_tags(tmp_path) == {
+        "mlflow.source.git.dirty": "true",
+        "mlflow.source.git.branch": "caf\N{REPLACEMENT CHARACTER}",
+    }
 
 
 def test_without_git_there_are_no_git_tags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,13 +7,15 @@ after it (tests/runtime/test_private.py) fails when it is there no more.
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kedro.config import OmegaConfigLoader
-    from kedro.io import Version
+    from kedro.io import DataCatalog, Version
+    from kedro.pipeline import Pipeline
     from pluggy import PluginManager
 
 
@@ -38,6 +40,24 @@ def hook_manager(hooks: Iterable[Any], disabled_plugins: Iterable[str]) -> Plugi
     manager._register_hooks(made, hooks)
     manager._register_hooks_entry_points(made, disabled_plugins)
     return made
+
+
+def part_that_runs(pipeline: Pipeline, catalog: DataCatalog) -> Pipeline:
+    """Return the part of a pipeline that a runner runs with `only_missing_outputs`.
+
+    A runner chooses it in its `run`, which is after `before_pipeline_run`. Seen in Kedro 1.0 to
+    1.7.
+    """
+    from kedro.pipeline import Pipeline
+    from kedro.runner import runner
+
+    nodes = runner._determine_nodes_to_run(
+        pipeline.nodes[::-1],
+        catalog,
+        runner._build_node_children_map(pipeline),
+        logging.getLogger(__name__),
+    )
+    return pipeline.filter(node_names=[n.name for n in nodes]) if nodes else Pipeline([])
 
 
 # Arguments with which datasets are told where their file or folder is.

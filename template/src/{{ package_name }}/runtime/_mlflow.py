@@ -6,7 +6,6 @@ test named after it (tests/runtime/test_private.py) fails when MLflow has it no 
 
 from __future__ import annotations
 
-import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -42,18 +41,15 @@ def set_active_experiment(experiment_id: str | None) -> None:
     fluent._active_experiment_id = experiment_id  # type: ignore[assignment]
 
 
-def export_artifact_root(location: str | None) -> None:
-    """Set where MLflow puts the files of an experiment that it makes in a database by itself.
+def artifact_root_variable(location: str | None) -> dict[str, str | None]:
+    """Return the variable for where MLflow puts the files of an experiment that it makes itself.
 
     MLflow has an option for this for its server alone, which hands it to its workers in this
     variable; without it the files go to the working directory. Where nothing has to be set, the
     variable must not be there: it marks the process as a server's. Seen in MLflow 3.10 to
     3.17.
     """
-    if location is None:
-        os.environ.pop("_MLFLOW_SERVER_ARTIFACT_ROOT", None)
-    else:
-        os.environ["_MLFLOW_SERVER_ARTIFACT_ROOT"] = location
+    return {"_MLFLOW_SERVER_ARTIFACT_ROOT": location}
 
 
 def engines() -> list[Engine]:

@@ -33,6 +33,7 @@ from .stores import credentials
 from .stores.errors import artifact_error_in
 from .stores.server import Server, lack_of_models
 from .tracking import autologging, params, process, provenance
+from .tracking.active import active_run_id
 from .tracking.ending import finish
 from .tracking.handle import RunHandle
 from .tracking.opening import start
@@ -61,10 +62,31 @@ _REPORTED = "reported_to_mlflow_run"
 # context, and a service session shares hooks between threads.
 _context: ContextVar[KedroContext] = ContextVar("kedro_context")
 
+# The run that was active when that context was made: one that is active later is of a hook.
+_run_before: ContextVar[str | None] = ContextVar("run_before_context", default=None)
+
 
 def use_context(context: KedroContext) -> None:
     """Set the context of the pipeline that this thread runs next."""
     _context.set(context)
+    _run_before.set(active_run_id())
+
+
+def announce(context: KedroContext) -> None:
+    """Point MLflow at the project for hooks that log before the run is open.
+
+    MLflow then opens a run by itself, which `open_run` goes on with. Not where a run is open
+    already, which such hooks log to.
+    """
+    if _run_before.get() or "MLFLOW_RUN_ID" in os.environ:
+        return
+    try:
+        config, variables = _config_of(context), read_credentials(context)
+        config.announce({"MLFLOW_RUN_ID": config.tracking.run.id, **variables})
+    except Exception as error:  # the run says it, and a command without a run needs no MLflow
+        logger.debug("MLflow isn't pointed at the project yet: %s", error)
+    finally:
+        vars(context).pop("mlflow", None)  # other hooks may still change what it is read from
 
 
 def context_of_run() -> KedroContext:
@@ -170,6 +192,7 @@ def open_run(
             variables={**unset, **variables},
             project_path=context.project_path,
             env=context.env,
+            run_before=_run_before.get(),
         )
     except SettingError as error:
         raise mistake(context, error.key, secrets.hide_in(str(error))) from error
@@ -188,6 +211,23 @@ def secrets_of_run(context: KedroContext, pipeline: Pipeline, catalog: DataCatal
     for node in pipeline.nodes:
         names += [node.name, str(node.func.__module__), *node.tags]
     return secrets_of(context, parameters, names)
+
+
+def part_that_runs(
+    context: KedroContext,
+    run_params: Mapping[str, Any],
+    pipeline: Pipeline,
+    catalog: DataCatalog,
+) -> Pipeline:
+    """Return the part of a pipeline whose nodes run: `--only-missing-outputs` leaves some out."""
+    if not run_params.get("only_missing_outputs"):
+        return pipeline
+    prepare_untracked(context, catalog)
+    try:
+        bind(context, pipeline, catalog, None)  # what there is already is of other runs
+        return _kedro.part_that_runs(pipeline, catalog)
+    finally:
+        credentials.take_back(_untracked(catalog))
 
 
 def prepare_untracked(context: KedroContext, catalog: DataCatalog) -> None:

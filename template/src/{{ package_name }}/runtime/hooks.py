@@ -35,9 +35,9 @@ class MlflowHook:
     open, or after it has ended, is a wrapper with `tryfirst`.
     """
 
-    @hook_impl(tryfirst=True)
-    def after_context_created(self, context: KedroContext) -> None:
-        """Offer `context.mlflow`, which reads `mlflow.yml` when it is first used."""
+    @hook_impl(wrapper=True)
+    def after_context_created(self, context: KedroContext) -> Iterator[None]:
+        """Offer `context.mlflow`, and point MLflow at the project for what logs before the run."""
         _refuse_kedro_mlflow()
         _offer_config(context)
         binding.use_context(context)
@@ -45,6 +45,9 @@ class MlflowHook:
             context.mlflow.announce()  # type: ignore[attr-defined]
             if _after_cell not in shell.events.callbacks["post_run_cell"]:
                 shell.events.register("post_run_cell", _after_cell)
+        else:
+            binding.announce(context)
+        return (yield)
 
     @hook_impl
     def after_catalog_created(self, catalog: DataCatalog, conf_catalog: dict[str, Any]) -> None:
@@ -57,8 +60,11 @@ class MlflowHook:
         self, run_params: dict[str, Any], pipeline: Pipeline, catalog: DataCatalog
     ) -> Iterator[None]:
         """Open the run with all parameters and tags, and bind it to the run's catalog."""
+        if not _shell():
+            stores.project.end_announcement()
         context, run = binding.context_of_run(), None
         if binding.is_tracked(context, run_params):
+            pipeline = binding.part_that_runs(context, run_params, pipeline, catalog)
             run = binding.open_run(context, run_params, pipeline, catalog)
         else:
             binding.prepare_untracked(context, catalog)

@@ -540,12 +540,13 @@ def test_only_runs_whose_process_is_surely_gone_are_taken_for_left_open(
 ) -> None:
     here = this_process()
     assert here.start_time
-    gone = replace(here, start_time=here.start_time - 60)
+    gone = replace(here, start_time=here.start_time - 60, start_ticks="")
     path = {"project_path": str(project.path)}
     elsewhere = replace(gone, namespace="pid:[1]")  # another container with this host's name
     tags = {
         "gone": {**gone.tags(), **path},
         "alive": {**here.tags(), **path},
+        "the clock was set": {**here.tags(), "process_start": gone.tags()["process_start"], **path},
         "another host": {**gone.tags(), **path, "host": "elsewhere"},
         "another project": {**gone.tags(), "project_path": "/elsewhere"},
         "another container": {**elsewhere.tags(), **path},

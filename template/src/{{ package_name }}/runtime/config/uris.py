@@ -10,7 +10,9 @@ from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
 from urllib.parse import unquote, unquote_plus, urlsplit
 from urllib.request import url2pathname
 
-# Names the tracking URI that a notebook's environment has from a project, not from its user.
+from .. import state
+
+# Names the tracking URI that the environment has from a project, not from its user.
 ANNOUNCED = "KEDRO_MLFLOW_ANNOUNCED_URI"
 
 # A password may have a slash and an `@`; what follows a host's port may too.
@@ -27,7 +29,9 @@ _SQLITE_FILE = re.compile(r"(?P<scheme>sqlite(\+\w+)?:///)(?P<path>(?!:memory:)[
 def uri_of_environment() -> str | None:
     """Return the tracking URI that the user's environment names, not one that was announced."""
     uri = os.environ.get("MLFLOW_TRACKING_URI")
-    return None if uri == os.environ.get(ANNOUNCED) else uri
+    if uri == os.environ.get(ANNOUNCED):
+        return state.current().before_export.get("MLFLOW_TRACKING_URI")
+    return uri
 
 
 def anchor_uri(uri: str, project_path: PurePath) -> str:

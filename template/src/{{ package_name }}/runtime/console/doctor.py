@@ -448,7 +448,8 @@ def _process_of(tags: Mapping[str, str], here: Process) -> Process | None:
     """Return the process on this host that `Process.tags` has described in tags."""
     try:
         start = datetime.fromisoformat(tags["process_start"]).timestamp()
-        return Process(here.host, int(tags["pid"]), start, here.namespace)
+        ticks = tags.get("process_start_ticks", "")
+        return Process(here.host, int(tags["pid"]), start, here.namespace, ticks)
     except (KeyError, ValueError):  # somebody else's tags
         return None
 

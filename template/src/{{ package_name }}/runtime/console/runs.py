@@ -39,7 +39,15 @@ _SHOWN_TAGS = {
     "mlflow.source.git.dirty": "git dirty",
     "mlflow.user": "user",
 }
-_HIDDEN_TAGS = {"pid", "process_start", "project_path", "run_id", "save_version", "session_id"}
+_HIDDEN_TAGS = {
+    "pid",
+    "process_start",
+    "process_start_ticks",
+    "project_path",
+    "run_id",
+    "save_version",
+    "session_id",
+}
 
 # How many runs are looked through where the server can't leave out child runs.
 _LOOKED_THROUGH = 1000

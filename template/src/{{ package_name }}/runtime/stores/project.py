@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import sys
+import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,23 +92,44 @@ class MlflowConfig(keys.MlflowConfig):
         self.server.connection.use()
         mlflow.set_experiment(experiment_id=self.tracking.experiment.entity.experiment_id)
 
-    def announce(self) -> None:
+    def announce(self, variables: Mapping[str, str | None] | None = None) -> None:
         """Export the project's server and experiment for MLflow, wherever it is used.
 
-        For notebooks. Environment variables do this without importing MLflow and without a request.
+        For notebooks, and for what logs before the run is open. Environment variables do this
+        without importing MLflow and without a request.
+
+        Args:
+            variables: More variables, such as the credentials.
         """
         server, experiment = self.server.connection, self.tracking.experiment
-        os.environ.pop("MLFLOW_EXPERIMENT_ID", None)  # MLflow refuses an id and a name that differ
-        os.environ.update(
-            MLFLOW_TRACKING_URI=server.tracking_uri,
-            MLFLOW_REGISTRY_URI=server.registry_uri,
-            MLFLOW_EXPERIMENT_NAME=experiment.name or "",
-            **{ANNOUNCED: server.tracking_uri},
+        location = experiment.create_experiment_kwargs.artifact_location
+        announced: dict[str, str | None] = {
+            "MLFLOW_TRACKING_URI": server.tracking_uri,
+            "MLFLOW_REGISTRY_URI": server.registry_uri,
+            "MLFLOW_EXPERIMENT_NAME": experiment.name or "",
+            "MLFLOW_EXPERIMENT_ID": None,  # MLflow refuses an id and a name that differ
+            ANNOUNCED: server.tracking_uri,
+        }
+        credentials.export(
+            _announcement(),
+            {**announced, **_mlflow.artifact_root_variable(location), **(variables or {})},
         )
-        _mlflow.export_artifact_root(experiment.create_experiment_kwargs.artifact_location)
         if "mlflow" in sys.modules:
             _mlflow.set_active_experiment(None)  # that of another project
             server.use()
+
+
+def end_announcement() -> None:
+    """Take back what `announce` has exported in this thread; MLflow stays at the server."""
+    server = Server.in_use() if "mlflow" in sys.modules else None
+    credentials.take_back(_announcement())
+    if server:
+        server.use()
+
+
+def _announcement() -> str:
+    """Return what the announced variables are exported as: a service runs pipelines in threads."""
+    return f"announcement {threading.get_ident()}"
 
 
 def config_of(context: KedroContext) -> MlflowConfig:

@@ -17,6 +17,12 @@ if TYPE_CHECKING:
     from .handle import RunHandle
 
 
+def active_run_id() -> str | None:
+    """Return the id of MLflow's active run in this thread."""
+    stack = _mlflow.active_runs() if "mlflow" in sys.modules else []
+    return stack[-1].info.run_id if stack else None
+
+
 def enter(run: RunHandle, scope: str) -> None:
     """Make a run MLflow's active run in this thread, without a request.
 

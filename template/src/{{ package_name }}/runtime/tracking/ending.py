@@ -17,6 +17,7 @@ from pathlib import Path
 from traceback import walk_stack
 from types import FrameType
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 from .. import state
 from ..config.uris import is_http, shown_uri, without_login
@@ -132,6 +133,8 @@ def where_to_look(run: RunHandle, env: str | None) -> str:
     """
     uri, workspace = run.server.tracking_uri, os.environ.get("DATABRICKS_HOST")
     page = f"experiments/{run.experiment_id}/runs/{run.run_id}"
+    if of_server := os.environ.get("MLFLOW_WORKSPACE"):
+        page += f"?workspace={quote(of_server, safe='')}"
     if is_http(uri):
         return f"{without_login(uri).rstrip('/')}/#/{page}"
     if uri == "databricks" and workspace:

@@ -16,7 +16,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
-from .. import state
+from .. import _mlflow, state
 from ..config.errors import ConfigError, SettingError
 from ..config.uris import anchor_uri, shown_uri, uri_of_environment
 from ..stores import credentials
@@ -45,11 +45,13 @@ def start(
     variables: Mapping[str, str],
     project_path: Path,
     env: str | None,
+    run_before: str | None = None,
 ) -> RunHandle:
     """Open the run of a pipeline with all its parameters and tags.
 
     That is the run already active in this thread, the one that `MLFLOW_RUN_ID` names (both are
-    left to their owners to end), the one that `tracking.run.id` names, or a new one.
+    left to their owners to end), the one that `tracking.run.id` names, the one that a hook has
+    logged to since the context was made, or a new one.
 
     Args:
         server: Where the project's runs are.
@@ -60,6 +62,7 @@ def start(
         variables: What is in the environment until the run ends.
         project_path: The project's folder; it keeps note of the runs that are in progress.
         env: Kedro's environment, where one was chosen.
+        run_before: The run that was active when the context was made.
 
     Raises:
         SettingError: When a setting in mlflow.yml names what isn't there.
@@ -69,6 +72,8 @@ def start(
     given_id = credentials.original("MLFLOW_RUN_ID")
     # MLflow would take up that run where the user's code asks for a child of it.
     exported: dict[str, str | None] = {**variables, "MLFLOW_RUN_ID": None}
+    if workspace := os.environ.get("MLFLOW_WORKSPACE"):  # for workers on other machines
+        exported.setdefault("MLFLOW_WORKSPACE", workspace)
     if shown_uri(server.tracking_uri) != server.tracking_uri:
         # MLflow prints the address of each run, password and all.
         exported["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
@@ -78,8 +83,8 @@ def start(
     try:
         autologging.switch_on(options.autolog)
         with failures.translate_server_errors(server, variables):
-            tags = {**tags, **process.this_process().tags()}
-            handle, tags = _open(server, options, name, tags, given_id, project_path)
+            tags = {**tags, **_context_tags(), **process.this_process().tags()}
+            handle, tags = _open(server, options, name, tags, given_id, project_path, run_before)
         handle = replace(handle, opening=opening)
     except BaseException:
         credentials.take_back(opening)
@@ -93,6 +98,8 @@ def start(
                 handle.set_tags(tags)
             handle.log_params(params)
             handle.enter("pipeline")
+            if not handle.attached:
+                _log_system_metrics(handle)
             end_orphans(handle.server, markers)
         except BaseException:
             finish(handle, "FAILED")
@@ -104,6 +111,39 @@ def start(
         "attached to" if handle.attached else "started",
     )
     return handle
+
+
+def _context_tags() -> dict[str, str]:
+    """Return the tags of MLflow's run-context providers: Databricks' and those of plug-ins.
+
+    Without its own for user, script and git: ours are of the project.
+    """
+    from mlflow.tracking.context.default_context import DefaultRunContext
+    from mlflow.tracking.context.git_context import GitRunContext
+    from mlflow.tracking.context.registry import resolve_tags
+
+    tags = resolve_tags(ignore=[DefaultRunContext, GitRunContext])  # type: ignore[list-item]
+    return {key: str(value) for key, value in tags.items()}
+
+
+def _log_system_metrics(run: RunHandle) -> None:
+    """Log what the machine does to a run, where MLflow is told to; as `mlflow.start_run` does."""
+    from mlflow.environment_variables import MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING
+
+    if not MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING.get():
+        return
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+    from mlflow.tracking.fluent import run_id_to_system_metrics_monitor
+
+    monitor = run_id_to_system_metrics_monitor.pop(run.run_id, None)  # of a run that a hook opened
+    try:
+        if monitor is None:
+            monitor = SystemMetricsMonitor(run.run_id, resume_logging=not run.fresh)
+            monitor.start()
+    except Exception as error:  # each kind of machine has errors of its own, and no psutil is one
+        logger.warning("System metrics are not logged: %s", error)
+    else:
+        run.before_end(monitor.finish)
 
 
 def _caller() -> FrameType:
@@ -123,6 +163,7 @@ def _open(
     tags: dict[str, str],
     given_id: str | None,
     project_path: Path,
+    run_before: str | None,
 ) -> tuple[RunHandle, Mapping[str, str]]:
     """Open the run, and return it with the tags that it still has to get."""
     import mlflow
@@ -134,7 +175,13 @@ def _open(
     if active and not any(
         s.run.run_id == active.info.run_id for s in state.current().started.values()
     ):
-        return _attach(Server.in_use(), active.info.run_id, tags)
+        if active.info.run_id in (run_before, given_id):
+            return _attach(Server.in_use(), active.info.run_id, tags)
+        _mlflow.active_runs().pop()
+        server, run_id = Server.in_use(), active.info.run_id
+        new_name = name if run_id != options.run.id else None
+        server.client.update_run(run_id, status="RUNNING", name=new_name)
+        return handle_of(server, _existing(server, run_id)), tags
     if given_id and not active:
         return _attach(server, given_id, tags)
     location = options.experiment.create_experiment_kwargs.artifact_location
@@ -156,7 +203,7 @@ def _attach(
 ) -> tuple[RunHandle, Mapping[str, str]]:
     run = _existing(server, run_id)
     # User, source and process of somebody else's run stay theirs.
-    of_owner = {*run.data.tags, "host", "pid", "process_start"}
+    of_owner = {*run.data.tags, *process.this_process().tags()}
     unset = {k: v for k, v in tags.items() if k not in of_owner and not k.startswith("mlflow.")}
     return handle_of(server, run, attached=True), unset
 

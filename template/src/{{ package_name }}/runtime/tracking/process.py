@@ -40,14 +40,16 @@ _SAME_START = 2.0
 class Process:
     """A process, and what distinguishes it from another that gets its id later.
 
-    `start_time` is in seconds since 1970, None where the system doesn't tell; `namespace`
-    distinguishes containers with the same host name.
+    `start_time` is in seconds since 1970, None where the system doesn't tell, and changes when the
+    clock is set; `start_ticks`, the system's boot and the ticks from it to the start, doesn't, but
+    only Linux tells it. `namespace` distinguishes containers with the same host name.
     """
 
     host: str
     pid: int
     start_time: float | None
     namespace: str = ""
+    start_ticks: str = ""
 
     def tags(self) -> dict[str, str]:
         """Return the tags that identify the process."""
@@ -55,6 +57,8 @@ class Process:
         if self.start_time is not None:
             start = datetime.fromtimestamp(self.start_time, timezone.utc)
             tags["process_start"] = start.isoformat(timespec="milliseconds")
+        if self.start_ticks:
+            tags["process_start_ticks"] = self.start_ticks
         return tags
 
     def is_gone(self) -> bool:
@@ -62,6 +66,8 @@ class Process:
         here = this_process()
         if (self.host, self.namespace) != (here.host, here.namespace) or self.start_time is None:
             return False
+        if self.start_ticks and here.start_ticks:
+            return _start_ticks(self.pid) != self.start_ticks
         start_time = _start_time(self.pid)
         return start_time is None or abs(start_time - self.start_time) > _SAME_START
 
@@ -79,6 +85,7 @@ def _describe(pid: int) -> Process:
         pid,
         _start_time(pid),
         str(namespace.readlink()) if namespace.is_symlink() else "",
+        _start_ticks(pid),
     )
 
 
@@ -100,8 +107,26 @@ def _start_time(pid: int) -> float | None:
     return started
 
 
+def _start_ticks(pid: int) -> str:
+    """Return the boot of the system, and the ticks from it to the start of a process.
+
+    Empty where the process has ended, and elsewhere than on Linux.
+    """
+    boot_id, ticks = Path("/proc/sys/kernel/random/boot_id"), _ticks_since_boot(pid)
+    return f"{boot_id.read_text().strip()}:{ticks}" if ticks and boot_id.exists() else ""
+
+
 def _start_time_on_linux(pid: int) -> float | None:
     assert sys.platform == "linux"  # for type checkers: elsewhere Python lacks what this needs
+    ticks = _ticks_since_boot(pid)
+    if ticks is None:
+        return None
+    since_boot = ticks / os.sysconf("SC_CLK_TCK")
+    return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + since_boot
+
+
+def _ticks_since_boot(pid: int) -> int | None:
+    """Return when a process started, in the ticks of Linux; None when it has ended."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
     except (FileNotFoundError, ProcessLookupError):
@@ -110,8 +135,7 @@ def _start_time_on_linux(pid: int) -> float | None:
     fields = stat.rpartition(")")[2].split()
     if fields[0] == "Z":  # it has ended and its parent has not asked yet
         return None
-    since_boot = int(fields[19]) / os.sysconf("SC_CLK_TCK")
-    return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + since_boot
+    return int(fields[19])
 
 
 @dataclass(frozen=True)

@@ -58,13 +58,15 @@ def runner_name(run_params: Mapping[str, Any]) -> str:
 
 
 def kedro_command(
-    run_params: Mapping[str, Any], options: Sequence[str] = (), command: Sequence[str] = ("run",)
+    run_params: Mapping[str, Any],
+    options: Sequence[str] = (),
+    command: Sequence[str] = ("kedro", "run"),
 ) -> str:
     """Return the `kedro run …` that repeats a run from the project's folder, for a POSIX shell.
 
-    `options` come after those of `run_params`. Instead of `run` there may be another command.
+    `options` come after those of `run_params`. Instead of `kedro run` there may be another command.
     """
-    words = ["kedro", *command]
+    words = list(command)
     if env := run_params.get("env"):
         words.append(f"--env={env}")
     if (names := pipeline_names(run_params)) != ["__default__"]:
@@ -87,6 +89,7 @@ def kedro_command(
 
 def _param(name: str, value: Any) -> str:
     """Return a parameter as `kedro run --params` reads it: as YAML, between commas."""
+    value = _plain(value)
     plain = ",".join(f"{k}={v}" for k, v in _leaves({name: value}))
     if _read_params(plain) == {name: value}:
         return plain
@@ -94,6 +97,15 @@ def _param(name: str, value: Any) -> str:
     text = yaml.safe_dump(value, default_style='"', width=sys.maxsize, allow_unicode=True)
     quoted = f"{name}={text.strip()}".replace(",", "\\x2c")
     return quoted if _read_params(quoted) == {name: value} else plain
+
+
+def _plain(value: Any) -> Any:
+    """Return a value with a text in place of all that JSON has not, such as a `Path` or an enum."""
+    if isinstance(value, Mapping):
+        return {key if isinstance(key, str) else str(key): _plain(v) for key, v in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(item) for item in value]
+    return value if type(value) in (str, int, float, bool, type(None)) else str(value)
 
 
 def _read_params(text: str) -> Any:
@@ -115,8 +127,15 @@ def _leaves(params: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, 
 
 def typed_options() -> dict[str, Any]:
     """Return the options of the `kedro run` that this is; none when a script runs a session."""
+    command = _run_command()
+    return command.params if command else {}
+
+
+def _run_command() -> click.Context | None:
+    """Return the `kedro run`, or `python -m <package>`, that this is."""
     command = click.get_current_context(silent=True)
-    return command.params if command and command.info_name == "run" else {}
+    is_run = command and command.command.name == "run" and "conf_source" in command.params
+    return command if is_run else None
 
 
 def in_typed_order(run_params: dict[str, Any]) -> dict[str, Any]:
@@ -137,9 +156,11 @@ def command_options(given: Mapping[str, Any], project_path: Path) -> list[str]:
     """
     options = []
     if conf_source := given.get("conf_source"):
-        path = Path(conf_source).resolve()
-        inside = path.is_relative_to(project_path)
-        options.append(f"--conf-source={path.relative_to(project_path) if inside else path}")
+        if "://" not in conf_source:
+            path = Path(conf_source).resolve()
+            inside = path.is_relative_to(project_path)
+            conf_source = path.relative_to(project_path) if inside else path
+        options.append(f"--conf-source={conf_source}")
     runner_params = dict(given.get("runner_params") or {})
     if given.get("is_async"):
         if "runner_params" in given:
@@ -170,20 +191,25 @@ def run_tags(
     """
     options = [*command_options(typed_options(), project_path), *options]
     shown = secrets.hide(run_params)
-    return {
+    words = ["kedro", *command]
+    if (typed := _run_command()) and typed.parent is None:  # as a package, Kedro's command is alone
+        words = ["python", "-m", package_name()]
+    tags = {
         "km_template_version": VERSION.read_text("utf-8").strip(),
         **{key: _as_text(value) for key, value in shown.items() if value},
         "runner": runner_name(shown),
-        "kedro_command": kedro_command(shown, [secrets.hide_in(o) for o in options], command),
+        "kedro_command": kedro_command(shown, [secrets.hide_in(o) for o in options], words),
         **source_tags(project_path, package_name()),
     }
+    # Names of folders and users are bytes: what is no text in them can't be stored.
+    return {key: text.encode(errors="replace").decode() for key, text in tags.items()}
 
 
 def _as_text(value: Any) -> str:
     if isinstance(value, str):
         return value
     if isinstance(value, Mapping):
-        return json.dumps(value, default=str)
+        return json.dumps(_plain(value))
     if isinstance(value, list | tuple | set | frozenset):
         return ",".join(map(str, value))
     return str(value)
@@ -203,7 +229,8 @@ def source_tags(project_path: Path, package_name: str) -> dict[str, str]:
 def _user() -> str:
     try:
         return getpass.getuser()
-    except (OSError, KeyError):  # a container may run as a user id without a name
+    # A container may run as a user id without a name, and Windows has no such database.
+    except (OSError, KeyError, ImportError):
         return "unknown"
 
 
@@ -217,7 +244,8 @@ def git_tags(project_path: Path) -> dict[str, str]:
             ["git", "status", "--porcelain=v2", "--branch"],
             cwd=project_path,
             capture_output=True,
-            text=True,
+            encoding="utf-8",
+            errors="replace",  # names of files and branches are bytes, in any encoding
             check=True,
         ).stdout.splitlines()
     except (OSError, subprocess.CalledProcessError):
