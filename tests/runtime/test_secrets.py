@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -10,6 +11,8 @@ from typing import Any
 from urllib.parse import quote_plus
 
 import pytest
+from kedro.framework.session import KedroSession
+from kedro.framework.startup import bootstrap_project
 
 from ..support.projects import Project, needs_kedro
 
@@ -26,6 +29,7 @@ PLANTED = {
 }
 
 NODE = """
+import gc
 import json
 import logging
 from urllib.parse import quote_plus
@@ -194,3 +198,37 @@ def test_what_is_wrong_with_credentials_and_headers_is_told_without_them(project
     assert ended.returncode == 1
     assert "can't be used: refused: *** ***" in ended.stderr
     assert leaks(project, ended.stderr) == []
+
+
+INTERRUPTED = """
+from kedro.pipeline import Node, Pipeline
+
+def work():
+    raise KeyboardInterrupt
+
+def create_pipeline():
+    return Pipeline([Node(work, None, "y")])
+"""
+
+
+def test_a_token_leaves_the_environment_with_an_interrupted_pipeline_or_an_unused_context(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "of the user")
+    project.write("conf/local/credentials.yml", "mlflow: {MLFLOW_TRACKING_TOKEN: t0p-secret-9}")
+    project.mlflow_yml("server: {credentials: mlflow}")
+    project.pipeline(INTERRUPTED)
+    bootstrap_project(project.path)
+    before = dict(os.environ)
+
+    with pytest.raises(KeyboardInterrupt):
+        project.run()
+
+    assert os.environ == before
+
+    context = KedroSession.create(project_path=project.path).load_context()
+    assert os.environ["MLFLOW_TRACKING_TOKEN"] == "t0p-secret-9"
+    del context
+    gc.collect()
+
+    assert os.environ == before

@@ -163,7 +163,7 @@ def test_a_password_in_a_uri_is_hidden_where_it_stands_alone(uri: str, password:
         {"server": {"mlflow_tracking_uri": uri}},
         {"server": {"mlflow_registry_uri": uri}},
     ):
-        assert secrets_of(**given).hide(password) == "***"  # type: ignore[arg-type]
+        assert secrets_of(**given).hide(password) == "***"
 
 
 def test_users_places_numbers_and_words_of_the_project_are_shown() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Iterator
 from contextvars import ContextVar
 from functools import cached_property
@@ -14,6 +15,7 @@ from kedro.framework.hooks import hook_impl
 
 from . import binding, stores
 from .config.errors import ConfigError
+from .stores import credentials
 from .tracking.ending import end_abandoned
 
 if TYPE_CHECKING:
@@ -60,15 +62,17 @@ class MlflowHook:
         self, run_params: dict[str, Any], pipeline: Pipeline, catalog: DataCatalog
     ) -> Iterator[None]:
         """Open the run with all parameters and tags, and bind it to the run's catalog."""
+        context, part, run = binding.context_of_run(), pipeline, None
         if not _shell():
-            stores.project.end_announcement()
-        context, run = binding.context_of_run(), None
+            binding.end_announcement(context)
         if binding.is_tracked(context, run_params):
-            pipeline = binding.part_that_runs(context, run_params, pipeline, catalog)
-            run = binding.open_run(context, run_params, pipeline, catalog)
+            part = binding.part_that_runs(context, run_params, pipeline, catalog)
+            run = binding.open_run(context, run_params, part, catalog)
+            # Ctrl-C takes the pipeline away with Kedro's call, and no hook is called.
+            weakref.finalize(pipeline, credentials.take_back, run.opening)
         else:
             binding.prepare_untracked(context, catalog)
-        binding.bind(context, pipeline, catalog, run)
+        binding.bind(context, part, catalog, run)
         try:
             return (yield)
         except BaseException as error:  # Kedro calls no hook for it

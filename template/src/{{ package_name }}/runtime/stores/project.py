@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,13 +91,16 @@ class MlflowConfig(keys.MlflowConfig):
         self.server.connection.use()
         mlflow.set_experiment(experiment_id=self.tracking.experiment.entity.experiment_id)
 
-    def announce(self, variables: Mapping[str, str | None] | None = None) -> None:
+    def announce(
+        self, key: str = "notebook", variables: Mapping[str, str | None] | None = None
+    ) -> None:
         """Export the project's server and experiment for MLflow, wherever it is used.
 
         For notebooks, and for what logs before the run is open. Environment variables do this
         without importing MLflow and without a request.
 
         Args:
+            key: What the variables are exported as, for `credentials.take_back`.
             variables: More variables, such as the credentials.
         """
         server, experiment = self.server.connection, self.tracking.experiment
@@ -111,25 +113,12 @@ class MlflowConfig(keys.MlflowConfig):
             ANNOUNCED: server.tracking_uri,
         }
         credentials.export(
-            _announcement(),
+            key,
             {**announced, **_mlflow.artifact_root_variable(location), **(variables or {})},
         )
         if "mlflow" in sys.modules:
             _mlflow.set_active_experiment(None)  # that of another project
             server.use()
-
-
-def end_announcement() -> None:
-    """Take back what `announce` has exported in this thread; MLflow stays at the server."""
-    server = Server.in_use() if "mlflow" in sys.modules else None
-    credentials.take_back(_announcement())
-    if server:
-        server.use()
-
-
-def _announcement() -> str:
-    """Return what the announced variables are exported as: a service runs pipelines in threads."""
-    return f"announcement {threading.get_ident()}"
 
 
 def config_of(context: KedroContext) -> MlflowConfig:

@@ -44,21 +44,22 @@ MARKERS = ".mlflow-running"
 class Started:
     """A run that this process started: when, in which thread, and below which call on its stack.
 
-    `markers` is the folder that notes which runs are in progress, `env` Kedro's environment.
+    `markers` is the folder that notes which runs are in progress, `env` Kedro's environment. The
+    call is known by its id: its frame would keep alive all data of a pipeline that was left.
     """
 
     run: RunHandle
     markers: Path
     env: str | None
     thread: int
-    frame: FrameType
+    call: int
     time: float
 
     def is_abandoned(self) -> bool:
         """Check whether the call that runs the pipeline was left without a hook, as by Ctrl-C."""
         if threading.get_ident() != self.thread:
             return False
-        return all(frame is not self.frame for frame, _ in walk_stack(currentframe()))
+        return all(id(frame) != self.call for frame, _ in walk_stack(currentframe()))
 
 
 def watch(run: RunHandle, markers: Path, env: str | None, frame: FrameType) -> None:
@@ -72,7 +73,7 @@ def watch(run: RunHandle, markers: Path, env: str | None, frame: FrameType) -> N
     """
     held = state.current()
     held.started[run.key] = Started(
-        run, markers, env, threading.get_ident(), frame, time.monotonic()
+        run, markers, env, threading.get_ident(), id(frame), time.monotonic()
     )
     if not held.is_watching_exit:
         held.is_watching_exit = True
