@@ -9,7 +9,6 @@ import logging
 import os
 import sys
 import traceback
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
@@ -17,6 +16,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from inspect import isgeneratorfunction
 from typing import TYPE_CHECKING, Any, cast
+from uuid import uuid4
 
 from kedro.framework import project
 from kedro.io import MemoryDataset
@@ -61,7 +61,7 @@ _REPORTED = "reported_to_mlflow_run"
 
 # The context whose pipeline this thread is about to run. Kedro gives `before_pipeline_run` no
 # context, and a service session shares hooks between threads.
-_context: ContextVar[weakref.ref[KedroContext]] = ContextVar("kedro_context")
+_context: ContextVar[KedroContext] = ContextVar("kedro_context")
 
 # The run that was active when that context was made: one that is active later is of a hook.
 _run_before: ContextVar[str | None] = ContextVar("run_before_context", default=None)
@@ -69,48 +69,44 @@ _run_before: ContextVar[str | None] = ContextVar("run_before_context", default=N
 
 def use_context(context: KedroContext) -> None:
     """Set the context of the pipeline that this thread runs next."""
-    _context.set(weakref.ref(context))
+    _context.set(context)
     _run_before.set(active_run_id())
 
 
-def announce(context: KedroContext) -> None:
-    """Point MLflow at the project for hooks that log before the run is open.
+@contextmanager
+def announcing() -> Iterator[None]:
+    """Point MLflow at the project while other hooks may log, before the run is open.
 
-    MLflow then opens a run by itself, which `open_run` goes on with. Not where a run is open
-    already, which such hooks log to. It is taken back when the run is open, or with the context.
+    MLflow then opens a run by itself, which `open_run` goes on with. Not where a run of somebody
+    else is open, which such hooks log to. MLflow stays at the project's server afterwards.
     """
-    if _run_before.get() or "MLFLOW_RUN_ID" in os.environ:
-        return
+    key, server, context = uuid4().hex, None, _context.get(None)
+    if context and not _run_before.get() and "MLFLOW_RUN_ID" not in os.environ:
+        _announce(context, key)
     try:
-        config, variables = _config_of(context), read_credentials(context)
-        config.announce(
-            _announcement(context), {"MLFLOW_RUN_ID": config.tracking.run.id, **variables}
-        )
-        weakref.finalize(context, credentials.take_back, _announcement(context))
+        yield
+        if "mlflow" in sys.modules:
+            server = Server.in_use()
+    finally:
+        credentials.take_back(key)
+    if server:
+        server.use()
+
+
+def _announce(context: KedroContext, key: str) -> None:
+    try:
+        config = _config_of(context)
+        stores.project.register_header_provider(context)
+        config.announce(key, {"MLFLOW_RUN_ID": config.tracking.run.id, **read_credentials(context)})
     except Exception as error:  # the run says it, and a command without a run needs no MLflow
         logger.debug("MLflow isn't pointed at the project yet: %s", error)
     finally:
         vars(context).pop("mlflow", None)  # other hooks may still change what it is read from
 
 
-def end_announcement(context: KedroContext) -> None:
-    """Take back what `announce` has exported; MLflow stays at the server."""
-    server = Server.in_use() if "mlflow" in sys.modules else None
-    credentials.take_back(_announcement(context))
-    if server:
-        server.use()
-
-
-def _announcement(context: KedroContext) -> str:
-    """Return what the announced variables are exported as."""
-    return f"context {id(context)}"
-
-
 def context_of_run() -> KedroContext:
     """Return the context whose pipeline this thread is about to run, for `before_pipeline_run`."""
-    context = _context.get()()
-    assert context is not None  # Kedro's session holds it while it runs a pipeline
-    return context
+    return _context.get()
 
 
 def _config_of(context: KedroContext) -> MlflowConfig:

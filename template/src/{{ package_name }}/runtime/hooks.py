@@ -47,15 +47,20 @@ class MlflowHook:
             context.mlflow.announce()  # type: ignore[attr-defined]
             if _after_cell not in shell.events.callbacks["post_run_cell"]:
                 shell.events.register("post_run_cell", _after_cell)
-        else:
-            binding.announce(context)
-        return (yield)
+            return (yield)
+        with binding.announcing():
+            return (yield)
 
-    @hook_impl
-    def after_catalog_created(self, catalog: DataCatalog, conf_catalog: dict[str, Any]) -> None:
-        """Set the names of the Mlflow datasets of a notebook's catalog."""
+    @hook_impl(wrapper=True)
+    def after_catalog_created(
+        self, catalog: DataCatalog, conf_catalog: dict[str, Any]
+    ) -> Iterator[None]:
+        """Set the names of a notebook's datasets; else as `after_context_created`."""
         if _shell():
             binding.name_datasets(catalog, conf_catalog)
+            return (yield)
+        with binding.announcing():
+            return (yield)
 
     @hook_impl(wrapper=True)
     def before_pipeline_run(
@@ -63,8 +68,6 @@ class MlflowHook:
     ) -> Iterator[None]:
         """Open the run with all parameters and tags, and bind it to the run's catalog."""
         context, part, run = binding.context_of_run(), pipeline, None
-        if not _shell():
-            binding.end_announcement(context)
         if binding.is_tracked(context, run_params):
             part = binding.part_that_runs(context, run_params, pipeline, catalog)
             run = binding.open_run(context, run_params, part, catalog)
@@ -175,7 +178,9 @@ def _offer_config(context: KedroContext) -> None:
 
 def _shell() -> Any:
     """Return IPython's shell in a notebook; nothing elsewhere."""
-    return "IPython" in sys.modules and sys.modules["IPython"].get_ipython()
+    # Another thread may be importing IPython, as MLflow does.
+    get_ipython = getattr(sys.modules.get("IPython"), "get_ipython", None)
+    return get_ipython() if get_ipython else None
 
 
 def _after_cell(result: Any) -> None:  # noqa: ARG001

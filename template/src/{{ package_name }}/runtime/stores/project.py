@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, PrivateAttr
 
-from .. import _mlflow
+from .. import _mlflow, state
 from ..config import keys
 from ..config.checking import load_config
 from ..config.hiding import secrets_of
@@ -116,7 +116,8 @@ class MlflowConfig(keys.MlflowConfig):
             key,
             {**announced, **_mlflow.artifact_root_variable(location), **(variables or {})},
         )
-        if "mlflow" in sys.modules:
+        # Nodes of runs in other threads need what is set.
+        if "mlflow" in sys.modules and not state.current().started:
             _mlflow.set_active_experiment(None)  # that of another project
             server.use()
 
