@@ -122,6 +122,14 @@ def test_every_mistake_is_told_with_file_line_key_value_and_what_is_right(
             marks=pytest.mark.skipif(not has("mlflow", "3.13"), reason="MLflow still keeps them"),
         ),
         (
+            "server: {mlflow_tracking_uri: databricks-uc}",
+            "expected a path, a database or an address with http:// or https://, got 'databricks-",
+        ),
+        (
+            "server: {mlflow_tracking_uri: databricks}\ntracking: {experiment: {name: penguins}}",
+            "conf/local/mlflow.yml:2: tracking.experiment.name: expected a path in the workspace,",
+        ),
+        (
             "server: {credentials: mine}",
             "server.credentials: credentials.yml has no entry 'mine'; its entries: db, other",
         ),

@@ -39,7 +39,7 @@ class ConfigurationFolder(NamedTuple):
     address: str  # how a user names it
 
 
-def configuration_folder(loader: OmegaConfigLoader) -> ConfigurationFolder:
+def configuration_folder(loader: Any) -> ConfigurationFolder:
     """Return where a loader finds its environments.
 
     It reads a `conf_source` of any kind, but doesn't say which file a value is from. Seen in Kedro
