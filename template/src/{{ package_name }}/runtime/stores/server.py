@@ -121,7 +121,7 @@ def first_answer(uri: str, endpoint: str, seconds: float, **params: str) -> Resp
     from mlflow.utils.rest_utils import http_request
     from requests.exceptions import ReadTimeout
 
-    ask: Callable[[], Response] = partial(
+    ask: Callable[..., Response] = partial(
         http_request,
         get_default_host_creds(uri),
         endpoint,
