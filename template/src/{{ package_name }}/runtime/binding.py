@@ -79,7 +79,7 @@ def announce(context: KedroContext) -> None:
     MLflow then opens a run by itself, which `open_run` goes on with. Not where a run is open
     already, which such hooks log to. It is taken back when the run is open, or with the context.
     """
-    if _run_before.get() or "MLFLOW_RUN_ID" in os.environ:
+    if _run_before.get() or os.environ.get("MLFLOW_RUN_ID"):
         return
     try:
         config, variables = _config_of(context), read_credentials(context)

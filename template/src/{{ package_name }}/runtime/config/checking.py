@@ -32,6 +32,7 @@ _Config = TypeVar("_Config", bound=MlflowConfig)
 _EXPECTED = {
     "bool_type": "expected true or false",
     "string_type": "expected a text",
+    "string_too_short": "expected a text that isn't empty",
     "int_type": "expected a whole number",
     "list_type": "expected a list",
     "dict_type": "expected keys with values",
