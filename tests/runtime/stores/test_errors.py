@@ -280,9 +280,8 @@ def test_without_credentials_for_databricks_the_missing_variables_are_named(
 
     assert key == "server.credentials"
     assert found == (
-        f"there is no login for databricks without {missing}: add DATABRICKS_HOST and "
-        "DATABRICKS_TOKEN to an entry of credentials.yml, and name the entry in "
-        "server.credentials; or log in by `databricks auth login`"
+        f"there is no login for databricks: add {missing} to an entry of credentials.yml, and name "
+        "the entry in server.credentials; or log in by `databricks auth login`"
     )
 
 

@@ -196,8 +196,8 @@ _DATABRICKS = (
          "or has no host and token. Add it by `databricks auth login --profile {profile}`, or name "
          "another"),
     _Row(lambda f: f.matches(_NO_LOGIN) and f.missing, CREDENTIALS,
-         f"there is no login for {{where}} without {{missing}}: add {HOST} and {HOST_TOKEN} "
-         f"{TO_ENTRY}; or log in by `databricks auth login`"),
+         f"there is no login for {{where}}: add {{missing}} {TO_ENTRY}; or log in by `databricks "
+         "auth login`"),
     _Row(lambda f: f.matches("hostname and credentials configured by"), ADDRESS,
          "there is no login for {where}: outside of the workspace no secrets of it can be read, "
          "and in it they may not be there. Write databricks://<profile>, or databricks"),
