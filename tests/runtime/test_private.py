@@ -34,6 +34,7 @@ from mlflow.tracking.request_header import registry
 from mlflow.tracking.request_header.abstract_request_header_provider import RequestHeaderProvider
 from mlflow.utils.autologging_utils import client as autologging_client
 from mlflow.utils.autologging_utils import metrics_queue
+from s3fs import S3FileSystem  # type: ignore[import-untyped]
 from sqlalchemy import create_engine
 
 from runtime import _kedro, _mlflow
@@ -43,6 +44,7 @@ from runtime.stores.embedded import part_when_forked
 
 from ..conftest import REPOSITORY
 from ..support.projects import has
+from ..support.s3 import S3
 
 
 def check(holder: Any, *names: str) -> None:
@@ -201,6 +203,34 @@ def test_use_globals_of(tmp_path: Path) -> None:
         found.append(loader["parameters"]["name"])
 
     assert found == ["first", "second"]
+
+
+def test_configuration_folder(tmp_path: Path, s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tmp_path / "conf" / "base"
+    base.mkdir(parents=True)
+    (base / "mlflow.yml").write_text("ui: {port: 5000}")
+    archive = shutil.make_archive(str(tmp_path / "archive"), "gztar", tmp_path, "conf")
+    S3FileSystem(**s3.credentials).put(
+        str(base / "mlflow.yml"), f"{s3.bucket}/conf/base/mlflow.yml"
+    )
+    for name, value in s3.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+    found = []
+    for source in ("conf", archive, f"s3://{s3.bucket}/conf/"):
+        loader = OmegaConfigLoader(source, base_env="base", default_run_env="base")
+        check(loader, "_fs", *["_remote_root_path"] * source.startswith("s3:"))
+        file_system, path, address = _kedro.configuration_folder(loader)
+        assert file_system.cat_file(f"{path}/base/mlflow.yml") == b"ui: {port: 5000}"
+        found.append((path, address))
+    S3FileSystem.clear_instance_cache()  # others have another address
+
+    folder = base.parent.as_posix()
+    assert found == [
+        (folder, folder),
+        ("conf", f"{archive}/conf"),
+        (f"{s3.bucket}/conf", f"s3://{s3.bucket}/conf"),
+    ]
 
 
 class Hooks:

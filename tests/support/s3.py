@@ -26,6 +26,16 @@ class S3:
             "client_kwargs": {"endpoint_url": self.endpoint},
         }
 
+    @property
+    def environment(self) -> dict[str, str]:
+        """The environment variables with which any client finds it."""
+        return {
+            "AWS_ACCESS_KEY_ID": "testing",
+            "AWS_SECRET_ACCESS_KEY": "testing",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_ENDPOINT_URL": self.endpoint,
+        }
+
     def files(self, folder: str) -> list[str]:
         """Name the files below a folder of the bucket."""
         file_system = s3fs.S3FileSystem(**self.credentials)

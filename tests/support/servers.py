@@ -233,3 +233,26 @@ def answering(
 
     with _serving(Handler) as address:
         yield CountingProxy(address, requests, received)
+
+
+@contextmanager
+def trickling(answer: bytes, interval: float) -> Iterator[str]:
+    """Give one answer to all that is asked, a byte in each so many seconds; gives the address."""
+    ended = threading.Event()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            with suppress(ConnectionError):  # the client has had enough
+                for byte in answer:
+                    if ended.wait(interval):
+                        return
+                    self.wfile.write(bytes([byte]))
+
+        def log_message(self, *args: Any) -> None:
+            """Stay quiet."""
+
+    with _serving(Handler) as address:
+        try:
+            yield address
+        finally:
+            ended.set()

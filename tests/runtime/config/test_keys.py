@@ -36,7 +36,7 @@ from mlflow.tracking.request_header.registry import (
     _request_header_provider_registry as header_providers,
 )
 from omegaconf import OmegaConf
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from runtime.config.keys import MlflowConfig
 
@@ -502,11 +502,13 @@ class Row:
         return self.key
 
 
-NO_TEXT = [
+NO_STRING = [
     ("7", ": expected a text, got 7"),
     ("[a]", ": expected a text, got ['a']"),
     ("{a: 1}", ": expected a text, got {'a': 1}"),
 ]
+EMPTY = ("''", ": expected a text that isn't empty, got ''")
+NO_TEXT = [*NO_STRING, EMPTY]
 # Where a number is taken for a text.
 NO_WORD = [("true", ": expected a text, got True"), *NO_TEXT[1:]]
 NO_FLAG = [
@@ -520,6 +522,7 @@ NO_LIST = [
     ("null", ": expected a list, got None"),
     ("[work, 1]", "[1]: expected a text, got 1"),
     ("[[work]]", "[0]: expected a text, got ['work']"),
+    ("[work, '']", "[1]: expected a text that isn't empty, got ''"),
 ]
 NO_MAPPING = [
     ("a", ": expected keys with values, got 'a'"),
@@ -561,6 +564,7 @@ ROWS = [
             ("7", ": expected a text, got 7"),
             ("[a]", ": expected a text, got '***'"),  # may be a secret: the entry's values
             ("{TOKEN: t0p}", ": expected a text, got '***'"),
+            EMPTY,
             ("three", ": credentials.yml has no entry 'three'; its entries: one, two"),
         ],
         nullable=True,
@@ -710,7 +714,7 @@ ROWS = [
         default=DEEP,
         first=Set("/", {"deep/a/b": "1", "deep/c": "2"}),
         second=Set("--", {"deep--a--b": "1", "deep--c": "2"}),
-        wrong=[*NO_TEXT, ("null", ": expected a text, got None")],
+        wrong=[*NO_STRING, ("null", ": expected a text, got None")],
         along=FLAT,
     ),
     Row(
@@ -845,6 +849,29 @@ def leaves(group: type[BaseModel], path: str = "") -> Iterator[str]:
             yield path + name
 
 
+# The keys that an empty text is right for: nothing between two names, a tag without a value, and
+# what the user's own class is made with.
+MAY_BE_EMPTY = {
+    f"{PARAMS}.dict_params.sep": "",
+    f"{KWARGS}.tags": {"team": ""},
+    f"{PROVIDER}.init_kwargs": {"team": ""},
+}
+
+
+def test_every_other_text_of_mlflow_yml_is_refused_when_it_is_empty() -> None:
+    accepted = {}
+    for key in leaves(MlflowConfig):
+        for empty in ("", [""], {"team": ""}):
+            nested: Any = empty
+            for name in reversed(key.split(".")):
+                nested = {name: nested}
+            with suppress(ValidationError):
+                MlflowConfig.model_validate(nested)
+                accepted[key] = empty
+
+    assert accepted == MAY_BE_EMPTY
+
+
 @pytest.fixture
 def stores(empty_store: Path, tmp_path: Path) -> None:
     """Two stores more than the project's."""
@@ -938,6 +965,19 @@ def test_a_wrong_runtime_parameter_is_told_in_one_sentence_and_nothing_is_made(
     before = scene.count()
 
     assert_told(scene, row, value, f"{where}: {row.key}{sentence}", before)
+
+
+@pytest.mark.parametrize("source", ["${oc.env:KM_TEST_EMPTY, null}", "${runtime_params:value}"])
+def test_a_variable_or_a_runtime_parameter_that_is_empty_is_told(
+    source: str, scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KM_TEST_EMPTY", "")
+    row = next(row for row in ROWS if row.key == SERVER)
+    ready(scene, row)
+    where = scene.environment("local", row.key, source)
+    scene.given("''")  # without the quotes it is null
+
+    assert_told(scene, row, "", f"{where}: {row.key}{EMPTY[1]}", scene.count())
 
 
 def assert_told(scene: Scene, row: Row, value: str, sentence: str, before: tuple[int, int]) -> None:

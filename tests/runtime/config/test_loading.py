@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import sys
 import warnings
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import mlflow
 import pytest
+import s3fs  # type: ignore[import-untyped]
 from click import ClickException
 from kedro.framework.session import KedroSession
 from kedro.framework.startup import bootstrap_project
@@ -23,7 +25,11 @@ from runtime.config.uris import anchor_uri
 from runtime.stores import credentials
 
 from ...support.projects import ONE_NODE, Project, has
+from ...support.s3 import S3
 from ...support.servers import CountingProxy
+
+# Packs a project's configuration and runs the project with it: where that is, and what is told.
+Packed = Callable[[], tuple[str, list[str]]]
 
 
 @pytest.mark.parametrize(
@@ -116,6 +122,14 @@ def test_every_mistake_is_told_with_file_line_key_value_and_what_is_right(
             marks=pytest.mark.skipif(not has("mlflow", "3.13"), reason="MLflow still keeps them"),
         ),
         (
+            "server: {mlflow_tracking_uri: databricks-uc}",
+            "expected a path, a database or an address with http:// or https://, got 'databricks-",
+        ),
+        (
+            "server: {mlflow_tracking_uri: databricks}\ntracking: {experiment: {name: penguins}}",
+            "conf/local/mlflow.yml:2: tracking.experiment.name: expected a path in the workspace,",
+        ),
+        (
             "server: {credentials: mine}",
             "server.credentials: credentials.yml has no entry 'mine'; its entries: db, other",
         ),
@@ -148,6 +162,87 @@ def test_a_mistake_gets_one_sentence_and_there_is_no_run(
     assert sentence in told.value.message
     assert len(told.value.message.splitlines()) == 1
     assert project.all_runs() == []
+
+
+@pytest.fixture(params=["tar.gz", "zip", "s3"])
+def packed(project: Project, s3: S3, request: pytest.FixtureRequest) -> Packed:
+    """Run a project with what its `conf` holds now, in an archive or a bucket."""
+    project.pipeline(ONE_NODE)
+    project.parameters({"x": 1})
+    file_system = s3fs.S3FileSystem(**s3.credentials)
+
+    def pack() -> str:
+        if request.param == "s3":
+            folder = f"{s3.bucket}/{project.package}"
+            file_system.put(f"{project.path}/conf/", f"{folder}/conf/", recursive=True)
+            return f"s3://{folder}/conf"
+        kind = "gztar" if request.param == "tar.gz" else "zip"
+        shutil.make_archive(str(project.path / "packed"), kind, project.path, "conf")
+        return f"packed.{request.param}"
+
+    def run() -> tuple[str, list[str]]:
+        source = pack()
+        ended = project.kedro("run", f"--conf-source={source}", **s3.environment)
+        assert "Traceback" not in ended.stderr
+        where = source if "://" in source else f"{source}/conf"
+        return where, ended.stderr.partition("Error: ")[2].splitlines()
+
+    return run
+
+
+def test_a_mistake_in_an_archive_or_a_bucket_has_its_place_too(
+    project: Project, packed: Packed
+) -> None:
+    project.mlflow_yml("# ours\ntracking:\n  run:\n    nmae: x", env="base")
+    project.mlflow_yml("tracking:\n  run: {nested: yes please}\n  redact: ${nothing}")
+    place, (interpolation,) = packed()
+
+    assert interpolation.startswith(f"{place}/local/mlflow.yml:3: tracking.redact: ")
+
+    project.mlflow_yml("tracking:\n  run: {nested: yes please}")
+    _, mistakes = packed()
+
+    assert mistakes == [
+        f"{place}/base/mlflow.yml:4: tracking.run.nmae: unknown key, did you mean 'name'?",
+        (
+            f"{place}/local/mlflow.yml:2: tracking.run.nested: expected true or false, "
+            "got 'yes please'"
+        ),
+    ]
+
+    project.mlflow_yml("tracking:\n  redact: ['*pin']", env="base")
+    project.mlflow_yml("tracking:\n  redact: {a: b}")
+    _, mistakes = packed()
+
+    assert mistakes == [
+        f"{place}/local/mlflow.yml:2: tracking.redact: expected a list, got {{'a': 'b'}}"
+    ]
+
+
+def test_what_is_no_yaml_in_an_archive_or_a_bucket_is_told_in_a_sentence(
+    project: Project, packed: Packed
+) -> None:
+    project.mlflow_yml("ui:\n  port: [1")
+    place, mistakes = packed()
+
+    assert mistakes == [f"{place}/local/mlflow.yml:2: expected ',' or ']', but got '<stream end>'"]
+
+    project.mlflow_yml("ui: {port: 5000}\nserver: {credentials: mine}")
+    place, (mistake,) = packed()
+
+    assert mistake.startswith(
+        f"{place}/local/mlflow.yml:2: server.credentials: credentials.yml has no entry 'mine'"
+    )
+
+
+def test_a_file_that_kedro_ignores_is_not_checked(project: Project) -> None:
+    project.pipeline(ONE_NODE)
+    project.parameters({"x": 1})
+    project.mlflow_yml("tracking: [", env="local/.ipynb_checkpoints")
+
+    project.run()
+
+    assert project.only_run().info.status == "FINISHED"
 
 
 def test_a_group_without_keys_has_the_defaults(project: Project) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import socket
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import boto3  # type: ignore[import-untyped]
 import pytest
@@ -20,10 +22,12 @@ from runtime.stores.errors import is_away, reason_of, translate_server_errors
 from runtime.stores.server import Server, ask_first, experiment_id, find_run
 
 from ...support.s3 import S3
-from ...support.servers import answering, free_port
+from ...support.servers import answering, free_port, trickling
 
 # A host that only a proxy could know.
 HOST = "mlflow.penguins.invalid"
+
+EXPERIMENT = '{"experiment": {"experiment_id": "7"}}'
 
 NO_LOGIN = (
     "answered 403 (not allowed), and no user or token was sent: add MLFLOW_TRACKING_USERNAME and "
@@ -150,6 +154,180 @@ def test_a_server_that_hangs_is_given_up_within_ten_seconds_or_as_the_user_says(
 
     assert time.monotonic() - begun < limit
     assert "(no answer in time)" in found
+
+
+@pytest.mark.parametrize("interval", [0.1, 0.01])
+def test_a_server_that_sends_a_byte_now_and_then_is_given_up_as_one_that_hangs(
+    interval: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runtime.stores.server.FIRST_ANSWER_TIMEOUT", 1)
+    # After a second the slower one is still in the head, the other one in the body.
+    answer = b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n" + b" " * 1000
+    with trickling(answer, interval) as uri:
+        begun = time.monotonic()
+        key, found = told(uri)
+
+    assert time.monotonic() - begun < 4
+    assert key == "server.mlflow_tracking_uri"
+    assert "can't be reached (no answer in time)" in found
+
+
+def test_a_slow_answer_that_comes_in_time_is_taken() -> None:
+    with trickling(f"HTTP/1.1 200 OK\r\n\r\n{EXPERIMENT}".encode(), 0.01) as uri:
+        assert experiment_id(Server(uri, uri), ExperimentOptions(name="penguins")) == "7"
+
+
+GET_EXPERIMENT = "/api/2.0/mlflow/experiments/get-by-name"
+
+
+@pytest.mark.parametrize("status", [301, 302, 303])
+@pytest.mark.parametrize("followed", ["true", "false"])
+def test_a_server_that_redirects_what_is_written_is_told_with_the_address(
+    status: int, followed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_ALLOW_HTTP_REDIRECTS", followed)
+    with answering(200, body=EXPERIMENT) as behind:
+        there = behind.uri.replace("//", "//ada:t0p-secret@") + "/mlflow"
+        location = f"{there}{GET_EXPERIMENT}?token=t0p-secret"
+        with answering(status, {"Location": location}) as server:
+            key, found = told(server.uri)
+
+    assert key == "server.mlflow_tracking_uri"
+    assert found == f"{server.uri} redirects to {behind.uri}/mlflow: write that address"
+
+
+@pytest.mark.parametrize("status", [307, 308])
+def test_a_server_that_redirects_all_requests_as_they_are_is_followed(status: int) -> None:
+    with answering(200, body=EXPERIMENT) as behind:
+        location = {"Location": f"{behind.uri}{GET_EXPERIMENT}"}
+        with answering(status, location) as server:
+            found = experiment_id(Server(server.uri, server.uri), ExperimentOptions(name="p"))
+
+    assert found == "7"
+
+
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+def test_a_page_for_a_login_is_told_with_its_address(status: int) -> None:
+    with answering(200, body="<html>Log in</html>") as page:
+        location = {"Location": f"{page.uri}/login?next=mlflow&code=t0p-secret"}
+        with answering(status, location) as server:
+            key, found = told(server.uri)
+
+    assert key == "server.mlflow_tracking_uri"
+    assert found == (
+        f"{server.uri} redirects to {page.uri}/login, where no MLflow server is: correct the "
+        "address; a page to log in at lets a program in with MLFLOW_TRACKING_TOKEN in the entry "
+        "of credentials.yml that server.credentials names, or with headers of "
+        "server.request_header_provider"
+    )
+
+
+@pytest.fixture
+def no_databricks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A machine that knows no workspace; gives the file with profiles that it may have."""
+    for name in os.environ:
+        if name.startswith("DATABRICKS_"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("DATABRICKS_CONFIG_FILE", str(tmp_path / "databrickscfg"))
+    return tmp_path / "databrickscfg"
+
+
+@pytest.mark.usefixtures("no_databricks")
+@pytest.mark.parametrize(
+    "server",
+    [
+        Server("databricks", "databricks-uc"),
+        Server("databricks://work", "databricks-uc://work"),
+        Server("sqlite:///disk.db", "sqlite:///disk.db", replayed_to="databricks"),
+    ],
+    ids=lambda server: server.replayed_to or server.tracking_uri,
+)
+def test_an_experiment_on_databricks_has_a_path_for_a_name(server: Server) -> None:
+    with pytest.raises(SettingError) as raised:
+        experiment_id(server, ExperimentOptions(name="penguins"))
+
+    assert raised.value.key == ("tracking", "experiment", "name")
+    assert str(raised.value) == (
+        "expected a path in the workspace, such as '/Shared/penguins' or '/Users/<you>/penguins', "
+        "got 'penguins'"
+    )
+
+
+def told_by_databricks(uri: str = "databricks") -> tuple[str, str]:
+    server = Server(uri, "databricks-uc")
+    with pytest.raises(SettingError) as raised, translate_server_errors(server, {}):
+        experiment_id(server, ExperimentOptions(name="/Shared/penguins"))
+    return ".".join(raised.value.key), str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "missing"),
+    [
+        ({}, "DATABRICKS_HOST and DATABRICKS_TOKEN"),
+        ({"DATABRICKS_TOKEN": "dapi0"}, "DATABRICKS_HOST"),
+        ({"DATABRICKS_HOST": "NOBODY"}, "DATABRICKS_TOKEN"),
+    ],
+)
+@pytest.mark.usefixtures("no_databricks")
+def test_without_credentials_for_databricks_the_missing_variables_are_named(
+    given: dict[str, str], missing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A host that says at once that it knows nothing: the client asks others for minutes.
+    with answering(404, body="{}") as nobody:
+        for name, value in given.items():
+            monkeypatch.setenv(name, value.replace("NOBODY", nobody.uri))
+        key, found = told_by_databricks()
+
+    assert key == "server.credentials"
+    assert found == (
+        f"there is no login for databricks: add {missing} to an entry of credentials.yml, and name "
+        "the entry in server.credentials; or log in by `databricks auth login`"
+    )
+
+
+@pytest.mark.parametrize("by", ["address", "variable"])
+def test_a_profile_for_databricks_that_is_not_there_is_named(
+    by: str, no_databricks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    no_databricks.write_text("[other]\nhost = http://127.0.0.1:1\ntoken = dapi0\n")
+    if by == "variable":
+        monkeypatch.setenv("DATABRICKS_CONFIG_PROFILE", "work")
+    uri = "databricks://work" if by == "address" else "databricks"
+
+    key, found = told_by_databricks(uri)
+
+    assert key == "server.mlflow_tracking_uri"
+    assert found == (
+        f"there is no login for {uri}: the profile 'work' of ~/.databrickscfg isn't there, or has "
+        "no host and token. Add it by `databricks auth login --profile work`, or name another"
+    )
+
+
+@pytest.mark.usefixtures("no_databricks")
+def test_an_address_of_databricks_that_names_nothing_is_told() -> None:
+    _, malformed = told_by_databricks("databricks:/work")
+    _, secrets = told_by_databricks("databricks://scope:prefix")
+
+    assert malformed == "expected databricks or databricks://<profile>, got databricks:/work"
+    assert secrets.startswith("there is no login for databricks://scope:prefix: outside of the")
+
+
+@pytest.mark.usefixtures("no_databricks")
+def test_a_login_that_databricks_refuses_is_told_with_its_own_variables(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    refusal = {"error_code": "PERMISSION_DENIED", "message": "Invalid access token."}
+    with answering(403, body=json.dumps(refusal)) as workspace:
+        monkeypatch.setenv("DATABRICKS_HOST", workspace.uri)
+        monkeypatch.setenv("DATABRICKS_TOKEN", "dapi0")
+        key, found = told_by_databricks()
+
+    assert key == "server.credentials"
+    assert found == (
+        "databricks answered 403 (not allowed): PERMISSION_DENIED: Invalid access token. Correct "
+        "DATABRICKS_HOST and DATABRICKS_TOKEN, in the entry of credentials.yml that "
+        "server.credentials names or in the profile of ~/.databrickscfg, or have the right granted"
+    )
 
 
 # Each raises an error of what it is named for.

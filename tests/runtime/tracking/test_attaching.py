@@ -311,3 +311,17 @@ def test_the_users_server_holds_after_a_hook_has_logged_early(
     assert early.all_runs() == []
     early.tracking_uri = uri
     check_early(next(r for r in early.all_runs() if "mlflow.parentRunId" not in r.data.tags), 0)
+
+
+def test_variables_of_mlflow_that_are_empty_count_as_unset(
+    early: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("MLFLOW_RUN_ID", "MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
+        monkeypatch.setenv(name, "")
+
+    early.run(pipeline_names=["work"], node_names=["n0"])
+
+    run = next(run for run in early.all_runs() if "mlflow.parentRunId" not in run.data.tags)
+    check_early(run, 0)
+    assert early.client.get_experiment(run.info.experiment_id).name == early.package
+    assert os.environ["MLFLOW_RUN_ID"] == ""

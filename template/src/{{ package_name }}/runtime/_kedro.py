@@ -10,7 +10,10 @@ import inspect
 import logging
 import os
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from fsspec.archive import AbstractArchiveFileSystem  # type: ignore[import-untyped]
 
 if TYPE_CHECKING:
     from kedro.config import OmegaConfigLoader
@@ -26,6 +29,30 @@ def use_globals_of(loader: OmegaConfigLoader) -> None:
     looks values up isn't public. Seen in Kedro 1.0 to 1.7.
     """
     loader._register_globals_resolver()
+
+
+class ConfigurationFolder(NamedTuple):
+    """A folder with the environments of a configuration: on disk, in an archive or a bucket."""
+
+    file_system: Any  # of fsspec
+    path: str
+    address: str  # how a user names it
+
+
+def configuration_folder(loader: Any) -> ConfigurationFolder:
+    """Return where a loader finds its environments.
+
+    It reads a `conf_source` of any kind, but doesn't say which file a value is from. Seen in Kedro
+    1.0 to 1.7.
+    """
+    file_system, source = loader._fs, str(loader.conf_source).rstrip("/")
+    if isinstance(file_system, AbstractArchiveFileSystem):
+        path = file_system.ls("", detail=False)[-1].rstrip("/")
+        return ConfigurationFolder(file_system, path, f"{source}/{path}")
+    if root := getattr(loader, "_remote_root_path", None):
+        return ConfigurationFolder(file_system, root, source)
+    path = Path(source).absolute().as_posix()
+    return ConfigurationFolder(file_system, path, path)
 
 
 def hook_manager(hooks: Iterable[Any], disabled_plugins: Iterable[str]) -> PluginManager:

@@ -81,11 +81,11 @@ def announcing() -> Iterator[None]:
     else is open, which such hooks log to. MLflow stays at the project's server afterwards.
     """
     key, server, context = uuid4().hex, None, _context.get(None)
-    if context and not _run_before.get() and "MLFLOW_RUN_ID" not in os.environ:
+    if context and not _run_before.get() and not os.environ.get("MLFLOW_RUN_ID"):
         _announce(context, key)
     try:
         yield
-        if "mlflow" in sys.modules:
+        if credentials.exported(key) and "mlflow" in sys.modules:
             server = Server.in_use()
     finally:
         credentials.take_back(key)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from omegaconf import OmegaConf
@@ -33,6 +32,7 @@ _Config = TypeVar("_Config", bound=MlflowConfig)
 _EXPECTED = {
     "bool_type": "expected true or false",
     "string_type": "expected a text",
+    "string_too_short": "expected a text that isn't empty",
     "int_type": "expected a whole number",
     "list_type": "expected a list",
     "dict_type": "expected keys with values",
@@ -84,15 +84,15 @@ def _checked(sources: Sources) -> MlflowConfig:
     except ValidationError as error:
         raise _mistakes(sources, error.errors()) from error
     except TypeError as error:  # files that can't be merged: one has the wrong type for a key
-        if problems := [problem for file in sources.files() for problem in _problems_of(file)]:
+        if problems := [p for file in sources.files() for p in _problems_of(sources, file)]:
             raise _mistakes(sources, problems) from error
         raise ConfigError(f"{sources.where(())}: {error}") from error
 
 
-def _problems_of(file: Path) -> list[ErrorDetails]:
+def _problems_of(sources: Sources, file: str) -> list[ErrorDetails]:
     """Return what pydantic finds in a file alone; an interpolation may stand for a right value."""
     try:
-        MlflowConfig.model_validate(OmegaConf.to_container(OmegaConf.load(file)))
+        MlflowConfig.model_validate(OmegaConf.to_container(OmegaConf.load(sources.text(file))))
     except ValidationError as error:
         return [problem for problem in error.errors() if "${" not in str(problem["input"])]
     return []

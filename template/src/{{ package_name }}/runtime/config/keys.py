@@ -29,6 +29,11 @@ def _as_switch(value: Any) -> Any:
 # A number is taken for a text too: `--params run_name=7` arrives as one.
 Text = Annotated[str, Field(strict=False, coerce_numbers_to_str=True)]
 
+# An empty one is a mistake, as that of a variable of the environment without a value: what stands
+# for the default is null.
+Filled = Annotated[str, Field(min_length=1)]
+Name = Annotated[Text, Field(min_length=1)]
+
 
 class _Options(BaseModel):
     model_config = ConfigDict(
@@ -45,7 +50,7 @@ class _Options(BaseModel):
 class RequestHeaderProviderOptions(_Options):
     """A class that adds headers to each request, for tokens that expire."""
 
-    type: str | None = None
+    type: Filled | None = None
     """Import path of an MLflow RequestHeaderProvider; null is none."""
 
     pass_context: bool = False
@@ -58,13 +63,13 @@ class RequestHeaderProviderOptions(_Options):
 class ServerOptions(_Options):
     """Where runs and models are kept."""
 
-    mlflow_tracking_uri: str | None = None
+    mlflow_tracking_uri: Filled | None = None
     """Where runs are kept; null is MLFLOW_TRACKING_URI, else sqlite:///mlflow.db here."""
 
-    mlflow_registry_uri: str | None = None
+    mlflow_registry_uri: Filled | None = None
     """Where registered models are kept; null is with the runs."""
 
-    credentials: str | None = None
+    credentials: Filled | None = None
     """Entry of credentials.yml whose keys become environment variables for the run."""
 
     request_header_provider: RequestHeaderProviderOptions = RequestHeaderProviderOptions()
@@ -73,7 +78,7 @@ class ServerOptions(_Options):
 class DisableTrackingOptions(_Options):
     """What is not tracked."""
 
-    pipelines: list[str] = []
+    pipelines: list[Filled] = []
     """Pipelines that run without being tracked."""
 
     disable_autologging: bool = True
@@ -83,7 +88,7 @@ class DisableTrackingOptions(_Options):
 class CreateExperimentOptions(_Options):
     """How the experiment is made when it doesn't exist."""
 
-    artifact_location: str | None = None
+    artifact_location: Filled | None = None
     """Where files go; null is the server's choice, or a folder beside mlflow.db."""
 
     tags: dict[str, Text] | None = None
@@ -94,7 +99,7 @@ class ExperimentOptions(_Options):
     """The experiment that runs belong to."""
 
     # The limit is MLflow's (mlflow.utils.validation), as is the form of a run's id below.
-    name: Annotated[Text, Field(max_length=500)] | None = None
+    name: Annotated[Name, Field(max_length=500)] | None = None
     """The experiment that runs belong to; null is the package's name."""
 
     create_experiment_kwargs: CreateExperimentOptions = CreateExperimentOptions()
@@ -106,10 +111,10 @@ class ExperimentOptions(_Options):
 class RunOptions(_Options):
     """The run itself."""
 
-    id: Annotated[Text, Field(max_length=256, pattern="^[a-zA-Z0-9][a-zA-Z0-9_-]*$")] | None = None
+    id: Annotated[Name, Field(max_length=256, pattern="^[a-zA-Z0-9][a-zA-Z0-9_-]*$")] | None = None
     """Continue the run with this id."""
 
-    name: Text | None = None
+    name: Name | None = None
     """Name of the run; null is the pipeline's name. ${km.random_name:} makes one up."""
 
     nested: bool = True
@@ -144,7 +149,7 @@ class ParamsOptions(_Options):
 class ArtifactsOptions(_Options):
     """Outputs that become artifacts without an entry of their own in the catalog."""
 
-    datasets: list[str] = []
+    datasets: list[Filled] = []
     """Outputs of nodes to log as artifacts, by name or pattern: "*_figure"."""
 
 
@@ -167,7 +172,7 @@ class TrackingOptions(_Options):
     autolog: dict[str, Annotated[bool | dict[str, Any], BeforeValidator(_as_switch)]] = {}
     """Libraries that MLflow logs by itself, with options: {sklearn: {log_models: false}}."""
 
-    redact: list[str] = [
+    redact: list[Filled] = [
         "*password",
         "*passwd",
         "*secret",
@@ -185,7 +190,7 @@ class TrackingOptions(_Options):
 class UiOptions(_Options):
     """Where `kedro mlflow ui` listens."""
 
-    host: str = "127.0.0.1"
+    host: Filled = "127.0.0.1"
     """Where `kedro mlflow ui` listens."""
 
     port: Annotated[int, Field(gt=0, lt=65536), BeforeValidator(_as_number)] | None = None
@@ -240,6 +245,7 @@ def _lines(options: _Options, written: Mapping[str, str], path: str = "") -> Ite
 def json_schema() -> dict[str, Any]:
     """Return the JSON Schema of `mlflow.yml`; each value may also be an interpolation, `${…}`."""
     schema = MlflowConfig.model_json_schema()
+    texts = ({"type": "string"}, {"type": "string", "minLength": 1})
     for group in (schema, *schema["$defs"].values()):
         for name, field in group["properties"].items():
             if "$ref" in field:
@@ -248,7 +254,7 @@ def json_schema() -> dict[str, Any]:
             field.pop("title", None)
             interpolation = {"type": "string", "pattern": r"^\$\{.*\}$"}
             kinds = field.get("anyOf", [field])
-            if {"type": "string"} not in kinds:
+            if not any(kind in texts for kind in kinds):
                 field = {"anyOf": [*kinds, interpolation]}
             group["properties"][name] = {**field, **about}
     return schema

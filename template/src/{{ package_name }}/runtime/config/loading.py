@@ -5,6 +5,7 @@ What is in `mlflow.yml` is checked in `config.checking`.
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,9 @@ from kedro.config import MissingConfigException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from .. import _kedro
 from .errors import ConfigError
+from .uris import shown_uri
 
 if TYPE_CHECKING:
     from kedro.framework.context import KedroContext
@@ -63,10 +66,11 @@ def package_name() -> str:
 
 
 class Sources:
-    """The files that a project's `mlflow.yml` consists of."""
+    """The files that a project's `mlflow.yml` consists of: on disk, in an archive or a bucket."""
 
     def __init__(self, context: KedroContext) -> None:
         self._loader: Any = context.config_loader
+        self._folder = _kedro.configuration_folder(self._loader)
         self._project = context.project_path
 
     def read(self) -> Any:
@@ -92,29 +96,30 @@ class Sources:
         except ValueError as error:  # the same key in two files of an environment
             raise ConfigError(f"{self.where(())}: {error}") from error
 
-    def files(self) -> list[Path]:
-        """Return the files, those of the run's environment first."""
-        loader = self._loader
-        folders = [
-            Path(loader.conf_source, env)
-            for env in (loader.env or loader.default_run_env, loader.base_env)
-        ]
+    def files(self) -> list[str]:
+        """Return the paths of the files, those of the run's environment first."""
+        loader, (file_system, folder, _) = self._loader, self._folder
         files = [
             file
-            for folder in folders
+            for env in (loader.env or loader.default_run_env, loader.base_env)
             for pattern in loader.config_patterns["mlflow"]
-            for file in sorted(folder.glob(pattern))
-            if file.suffix in (".yml", ".yaml")
+            for file in sorted(file_system.glob(f"{folder}/{env}/{pattern}"))
+            if file.endswith((".yml", ".yaml"))
+            and not (loader.ignore_hidden and "/." in file.removeprefix(folder))
         ]
         return list(dict.fromkeys(files))
+
+    def text(self, file: str) -> io.StringIO:
+        """Return what is in a file."""
+        return io.StringIO(self._folder.file_system.cat_file(file).decode("utf-8"))
 
     def place(self, key: tuple[int | str, ...]) -> tuple[str, int]:
         """Return the file and the line that give a key its value."""
         files = self.files()
         for file in files:
-            if line := _line(yaml.compose(file.read_text("utf-8")), key):
-                return self._relative(file), line
-        return (self._relative(files[0]) if files else "mlflow.yml"), 1
+            if line := _line(yaml.compose(self.text(file)), key):
+                return self._shown(file), line
+        return (self._shown(files[0]) if files else "mlflow.yml"), 1
 
     def where(self, key: tuple[int | str, ...]) -> str:
         """Return the file and the line that give a key its value, as a text."""
@@ -128,29 +133,34 @@ class Sources:
         key = tuple(str(error.full_key or "").split("."))
         return self.mistake(key, str(error).splitlines()[0])
 
-    def _check_syntax(self, file: Path) -> None:
+    def _check_syntax(self, file: str) -> None:
+        shown = self._shown(file)
         try:
-            top = yaml.compose(file.read_text("utf-8"))
+            top = yaml.compose(self.text(file))
             if top is None or isinstance(top, yaml.MappingNode):
-                for key in OmegaConf.load(file):  # refuses a key that stands there twice
+                for key in OmegaConf.load(self.text(file)):  # refuses one that stands there twice
                     if not isinstance(key, str):
-                        raise ConfigError(f"{self._relative(file)}: {key!r}: expected a name")
+                        raise ConfigError(f"{shown}: {key!r}: expected a name")
         except OmegaConfBaseException as error:
             raise self._interpolation_mistake(error) from error
         except yaml.MarkedYAMLError as error:
             line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
-            raise ConfigError(f"{self._relative(file)}{line}: {error.problem}") from error
+            raise ConfigError(f"{shown}{line}: {error.problem}") from error
         except (yaml.YAMLError, ValueError) as error:
             reason = str(error).splitlines()[0]
-            raise ConfigError(f"{self._relative(file)}: {reason}") from error
+            raise ConfigError(f"{shown}: {reason}") from error
         if not (top is None or isinstance(top, yaml.MappingNode)):
-            raise ConfigError(f"{self._relative(file)}:1: expected keys with values")
+            raise ConfigError(f"{shown}:1: expected keys with values")
 
-    def _relative(self, file: Path) -> str:
-        """Return the path of a file from the project's folder, if it is in it."""
-        if file.is_relative_to(self._project):
-            file = file.relative_to(self._project)
-        return file.as_posix()
+    def _shown(self, file: str) -> str:
+        """Return the address of a file, or its path from the project's folder if it is in it."""
+        _, folder, address = self._folder
+        address = f"{address}{file.removeprefix(folder)}"
+        if "://" in address:
+            return shown_uri(address)
+        path = Path(address)
+        inside = path.is_relative_to(self._project)
+        return (path.relative_to(self._project) if inside else path).as_posix()
 
 
 def _line(node: yaml.Node | None, key: tuple[int | str, ...]) -> int | None:

@@ -74,6 +74,11 @@ def is_http(uri: str) -> bool:
     return uri.startswith(("http://", "https://"))
 
 
+def is_databricks(uri: str) -> bool:
+    """Check whether a tracking URI names a workspace of Databricks."""
+    return uri.split(":", 1)[0] == "databricks"
+
+
 def is_database(uri: str) -> bool:
     """Check whether a tracking URI names a database, which clients of the store open directly."""
     return uri.split(":", 1)[0].split("+", 1)[0] in {"sqlite", "postgresql", "mysql", "mssql"}
@@ -123,7 +128,9 @@ def artifact_folder(tracking_uri: str) -> str | None:
 def has_store(uri: str, plugins: str) -> bool:
     """Check whether MLflow, or one of a group of its plugins, has a store for a URI."""
     scheme = uri.split(":", 1)[0]
-    known = {"http", "https", "file", "databricks", "databricks-uc", "uc"}
+    known = {"http", "https", "file", "databricks"}
+    if plugins == "mlflow.model_registry_store":
+        known |= {"databricks-uc", "uc"}
     return scheme in known or is_database(uri) or scheme in entry_points(group=plugins).names
 
 

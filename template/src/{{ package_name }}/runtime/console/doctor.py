@@ -27,12 +27,11 @@ from ..config.errors import ConfigError, SettingError
 from ..config.loading import mistake
 from ..config.uris import is_database, is_http, local_path, shown_uri, sqlite_file
 from ..extras import load, present
-from ..stores import credentials
 from ..stores.errors import artifact_sentence, translate_artifact_errors
 from ..stores.moving import follow, origin_of
 from ..stores.project import register_header_provider
 from ..stores.schema import Schema, can_migrate, check_schema, read_schema
-from ..stores.server import Server, checked, experiment_id
+from ..stores.server import Server, checked, experiment_id, experiment_name, first_answer
 from ..tracking.ending import MARKERS, duration_in_words, end_killed
 from ..tracking.process import Process, orphans, this_process, unmark
 from .showing import count
@@ -45,10 +44,8 @@ if TYPE_CHECKING:
     from ..config.keys import ExperimentOptions
     from ..stores.project import MlflowConfig
 
-# The first request, which shows whether a server is there, is made once and not for long, unless
-# the user has said how often and how long.
-FIRST_REQUEST: dict[str, Any] = {"timeout": 4, "max_retries": 0}
-OF_USER = {"MLFLOW_HTTP_REQUEST_TIMEOUT", "MLFLOW_HTTP_REQUEST_MAX_RETRIES"}
+# The first request shows within so many seconds whether a server is there.
+FIRST_ANSWER_TIMEOUT = 4
 
 # How far apart the clocks of two machines may be, in seconds, before times mislead.
 CLOCK_TOLERANCE = 60
@@ -222,18 +219,8 @@ def _missing_store(setup: _Setup, path: Path | None) -> Finding:
 
 
 def _ask_for_version(setup: _Setup) -> Response:
-    from mlflow.utils.credentials import get_default_host_creds
-    from mlflow.utils.rest_utils import http_request
-
-    is_chosen = any(credentials.original(name) or name in setup.variables for name in OF_USER)
     setup.asked_at = time.time()
-    answer: Response = http_request(
-        get_default_host_creds(setup.server.tracking_uri),
-        "/version",
-        "GET",
-        raise_on_status=False,
-        **({} if is_chosen else FIRST_REQUEST),
-    )
+    answer = first_answer(setup.server.tracking_uri, "/version", FIRST_ANSWER_TIMEOUT)
     setup.answered_at = time.time()
     if answer.status_code != 404:  # other servers that speak MLflow's API don't tell a version
         checked(answer, "/version")
@@ -311,7 +298,7 @@ def _files(setup: _Setup) -> Finding:
 
 
 def _experiment(setup: _Setup) -> Finding:
-    name = setup.options.name or "Default"
+    name = experiment_name(setup.server, setup.options)
     if not setup.has_store:
         return Finding(None, f"{name!r}: made by the first run")
     experiment = setup.experiment = setup.server.client.get_experiment_by_name(name)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ..config.errors import ConfigError
 from ..config.uris import shown_uri
 from ..stores.errors import ArtifactError, translate_artifact_errors
-from ..stores.server import Server
+from ..stores.server import Server, experiment_name
 from . import store
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def read_latest(
     """
     if not store.exists(server.tracking_uri):
         return Latest([], f"No run yet: the first one makes {shown_uri(server.tracking_uri)}.")
-    experiment = server.client.get_experiment_by_name(options.name or "Default")
+    experiment = server.client.get_experiment_by_name(experiment_name(server, options))
     if experiment is None:
         return Latest([], f"No run yet: the first one makes the experiment {options.name!r}.")
     if experiment.lifecycle_stage == "deleted":
@@ -144,7 +144,7 @@ def find_run(server: Server, options: ExperimentOptions, run_id: str) -> Run:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
             raise ConfigError(f"RUN_ID: there is no run {run_id!r} on {where}") from error
-    experiment = server.client.get_experiment_by_name(options.name or "Default")
+    experiment = server.client.get_experiment_by_name(experiment_name(server, options))
     runs: list[Run] = []
     if experiment:
         begins = f"attributes.run_id LIKE '{run_id}%'"

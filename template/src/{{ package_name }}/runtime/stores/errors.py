@@ -13,12 +13,19 @@ from contextlib import contextmanager
 from socket import gaierror
 from ssl import SSLCertVerificationError, SSLEOFError, SSLError, SSLZeroReturnError
 from typing import TYPE_CHECKING, Any, NamedTuple
-from urllib.parse import urlsplit
+from urllib.parse import urljoin, urlsplit
 
 from kedro.io import DatasetError
 
 from ..config.errors import ADDRESS, ConfigError, SettingError
-from ..config.uris import is_database, is_http, shown_uri, uri_of_environment
+from ..config.uris import (
+    is_database,
+    is_databricks,
+    is_http,
+    shown_uri,
+    uri_of_environment,
+    without_login,
+)
 from .credentials import header_provider_names
 
 if TYPE_CHECKING:
@@ -30,8 +37,11 @@ PROVIDER = ("server", "request_header_provider")
 USER, PASSWORD = "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"
 TOKEN, CERTIFICATE = "MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_SERVER_CERT_PATH"
 
-# Where credentials are: mlflow.yml names an entry of credentials.yml.
+HOST, HOST_TOKEN = "DATABRICKS_HOST", "DATABRICKS_TOKEN"
+
+# Where credentials are, and how they get there: mlflow.yml names an entry of credentials.yml.
 ENTRY = "the entry of credentials.yml that server.credentials names"
+TO_ENTRY = "to an entry of credentials.yml, and name the entry in server.credentials"
 
 # Recurring parts of sentences.
 ANSWERED = "{where} answered {status} ({meaning})"
@@ -72,7 +82,9 @@ class _Failure:
         causes = causes_of(error)
         self.where = _place(uri)
         self.text = "\n".join(map(str, causes))
-        self.message, self.reason = _message_of(causes), reason_of(error)
+        # Databricks' client adds the settings that it has.
+        self.message = _message_of(causes).partition(" Config: ")[0].rstrip(".")
+        self.reason = reason_of(error)
         self.certificate_error = _first(causes, SSLCertVerificationError)
         self.is_of_database = _first(causes, SQLAlchemyError, MlflowException)
         # An answer, and the code in it when it is MLflow's own.
@@ -82,8 +94,11 @@ class _Failure:
         self.is_unanswered = not self.status and _first(causes, RequestException)
         answer = _first(causes, RestException)
         self.code = answer.json.get("error_code", "") if answer else ""
-        names = (USER, PASSWORD, TOKEN)
-        self.sent = " and ".join(n for n in names if variables.get(n) or os.environ.get(n))
+        given = {**os.environ, **variables}
+        self.sent = " and ".join(n for n in (USER, PASSWORD, TOKEN) if given.get(n))
+        self.missing = " and ".join(n for n in (HOST, HOST_TOKEN) if not given.get(n))
+        self.profile = uri.partition("://")[2] or given.get("DATABRICKS_CONFIG_PROFILE")
+        self.redirect, self.is_moved = _redirect(causes)
         self.providers = " and ".join(header_provider_names())
         missing = _first(causes, ModuleNotFoundError)
         self.package = _DRIVERS.get(missing.name, missing.name) if missing else ""
@@ -103,6 +118,25 @@ def _place(uri: str) -> str:
     return f"{shown}{from_environment}{through}"
 
 
+def _redirect(causes: Sequence[BaseException]) -> tuple[str, bool]:
+    """Return the address that a server redirects to, and whether it is that of a server.
+
+    The address has no login and no query, and is empty where the server doesn't redirect.
+    """
+    from requests.exceptions import HTTPError
+
+    response = getattr(_first(causes, HTTPError), "response", None)
+    if response is None or not (response.history or response.is_redirect):
+        return "", False
+    first = (response.history or [response])[0]
+    asked, target = urlsplit(first.url), urlsplit(response.url)
+    if not response.history:
+        target = urlsplit(urljoin(first.url, response.headers["Location"]))
+    is_moved = target.path.endswith(asked.path)
+    address = f"{target.scheme}://{target.netloc}{target.path}"
+    return without_login(address.removesuffix(asked.path) if is_moved else address), is_moved
+
+
 class _Row(NamedTuple):
     """A kind of failure, the key of mlflow.yml that it is about, and its sentence.
 
@@ -119,6 +153,11 @@ _REFUSED_LOGIN = "password authentication|no password|pg_hba|role .* does not ex
 # Of the rows for a server, and of those for a database, the first one that applies counts.
 # fmt: off
 _SERVER = (
+    _Row(lambda f: f.is_moved, ADDRESS, "{where} redirects to {redirect}: write that address"),
+    _Row(lambda f: f.redirect, ADDRESS,
+         "{where} redirects to {redirect}, where no MLflow server is: correct the address; a page "
+         f"to log in at lets a program in with {TOKEN} in {ENTRY}, or with headers of "
+         "server.request_header_provider"),
     _Row(lambda f: f.certificate_error, CREDENTIALS,
          "the certificate of {where} isn't trusted ({message}): name the file of the CA that has "
          f"signed it in {CERTIFICATE}, in {ENTRY}"),
@@ -136,8 +175,8 @@ _SERVER = (
     _Row(lambda f: f.is_login and f.providers, PROVIDER,
          f"{ANSWERED} to the headers of {{providers}}: see that they have a token that holds"),
     _Row(lambda f: f.is_login, CREDENTIALS,
-         f"{ANSWERED}, and no user or token was sent: add {USER} and {PASSWORD}, or {TOKEN}, to an "
-         "entry of credentials.yml, and name the entry in server.credentials"),
+         f"{ANSWERED}, and no user or token was sent: add {USER} and {PASSWORD}, or {TOKEN}, "
+         f"{TO_ENTRY}"),
     # Of MLflow's own answers only those that say that the server can't.
     _Row(lambda f: f.code in ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE"), ADDRESS,
          "{where} answered: {message} (see the server's log)"),
@@ -147,6 +186,27 @@ _SERVER = (
          "with the path that it is served under, if any"),
     _Row(lambda f: f.status and not f.code, ADDRESS,
          "{where} answered {status}: see the server's log"),
+)
+
+_NO_LOGIN = "Reading Databricks credential configuration|cannot configure default credentials"
+
+_DATABRICKS = (
+    _Row(lambda f: f.matches(_NO_LOGIN) and f.profile, ADDRESS,
+         "there is no login for {where}: the profile {profile!r} of ~/.databrickscfg isn't there, "
+         "or has no host and token. Add it by `databricks auth login --profile {profile}`, or name "
+         "another"),
+    _Row(lambda f: f.matches(_NO_LOGIN) and f.missing, CREDENTIALS,
+         f"there is no login for {{where}}: add {{missing}} {TO_ENTRY}; or log in by `databricks "
+         "auth login`"),
+    _Row(lambda f: f.matches("hostname and credentials configured by"), ADDRESS,
+         "there is no login for {where}: outside of the workspace no secrets of it can be read, "
+         "and in it they may not be there. Write databricks://<profile>, or databricks"),
+    _Row(lambda f: f.matches("no netloc in URI"), ADDRESS,
+         "expected databricks or databricks://<profile>, got {where}"),
+    _Row(lambda f: f.is_login, CREDENTIALS,
+         f"{ANSWERED}: {{message}}. Correct {HOST} and {HOST_TOKEN}, in {ENTRY} or in the profile "
+         "of ~/.databrickscfg, or have the right granted"),
+    *_SERVER,
 )
 
 _DATABASE = (
@@ -180,10 +240,16 @@ def translate_server_errors(server: Server, variables: Mapping[str, str]) -> Ite
         raise
     except Exception as error:  # each kind of store has errors of its own
         failure = _Failure(error, server.tracking_uri, variables)
-        for row in _DATABASE if is_database(server.tracking_uri) else _SERVER:
+        for row in _rows_of(server.tracking_uri):
             if row.applies(failure):
                 raise SettingError(row.key, row.sentence.format_map(vars(failure))) from error
         raise
+
+
+def _rows_of(uri: str) -> Sequence[_Row]:
+    if is_database(uri):
+        return _DATABASE
+    return _DATABRICKS if is_databricks(uri) else _SERVER
 
 
 class ArtifactError(ConfigError):
@@ -286,6 +352,8 @@ def reason_of(error: BaseException) -> str:
 
     causes = causes_of(error)
     status, message = _status(causes), _message_of(causes)
+    if redirect := _redirect(causes)[0]:
+        return f"it redirects to {redirect}"
     if status and not _first(causes, RestException):
         return f"it answered {status}"
     reasons: dict[type[BaseException], str] = {

@@ -9,14 +9,18 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as NotInTime  # from Python 3.11 on the built-in one
+from contextvars import copy_context
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.metadata import version
+from threading import Thread
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .. import state
 from ..config.errors import ADDRESS, SettingError
-from ..config.uris import is_database, is_http, shown_uri
+from ..config.uris import is_database, is_databricks, is_http, shown_uri
 from . import credentials
 from .embedded import part_when_forked
 
@@ -32,8 +36,8 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# The first request to a server is answered within so many seconds, or the server is away: MLflow
-# by itself tries eight times, which takes four minutes.
+# The first request to a server is answered, to the last byte, within so many seconds, or the server
+# is away: MLflow by itself tries eight times, which takes four minutes.
 FIRST_ANSWER_TIMEOUT = 9
 CONNECT_TIMEOUT = 3  # for each address of its name
 
@@ -94,40 +98,73 @@ def _client(tracking_uri: str, registry_uri: str) -> MlflowClient:
 
 
 def ask_first(uri: str, path: str, **params: str) -> Any:
-    """Return the answer to the first request to a server, sent once and with a short time-out.
+    """Return what a server says to the first request to it, as `first_answer` makes it.
+
+    Raises:
+        MlflowException: When there is no answer, or not the one that is asked for.
+    """
+    endpoint = f"/api/2.0/mlflow/{path}"
+    return checked(first_answer(uri, endpoint, FIRST_ANSWER_TIMEOUT, **params), endpoint).json()
+
+
+def first_answer(uri: str, endpoint: str, seconds: float, **params: str) -> Response:
+    """Return the answer to a request that is sent once, if all of it comes within so many seconds.
 
     Where the user has set `MLFLOW_HTTP_REQUEST_MAX_RETRIES` or `MLFLOW_HTTP_REQUEST_TIMEOUT`, these
     hold instead.
 
     Raises:
-        MlflowException: When there is no answer, or not the one that is asked for.
+        MlflowException: When there is no answer in time.
     """
+    from mlflow.exceptions import MlflowException
     from mlflow.utils.credentials import get_default_host_creds
     from mlflow.utils.rest_utils import http_request
+    from requests.exceptions import ReadTimeout
 
-    endpoint = f"/api/2.0/mlflow/{path}"
+    ask: Callable[..., Response] = partial(
+        http_request,
+        get_default_host_creds(uri),
+        endpoint,
+        "GET",
+        params=params,
+        raise_on_status=False,
+    )
     chosen = ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT")
-    is_chosen = any(credentials.original(name) is not None for name in chosen)
-    once = (
-        {} if is_chosen else {"max_retries": 0, "timeout": (CONNECT_TIMEOUT, FIRST_ANSWER_TIMEOUT)}
-    )
-    answer = http_request(
-        get_default_host_creds(uri), endpoint, "GET", params=params, raise_on_status=False, **once
-    )
-    return checked(answer, endpoint).json()
+    if any(credentials.original(name) is not None for name in chosen):
+        return ask()
+    ask = partial(ask, max_retries=0, timeout=(CONNECT_TIMEOUT, seconds))
+    answer: Future[Response] = Future()
+    context = copy_context()  # has MLflow's workspace
+
+    def wait() -> None:
+        try:
+            answer.set_result(context.run(ask))
+        except BaseException as error:  # is raised in the thread that waits for the answer
+            answer.set_exception(error)
+
+    # A time-out is one for each read: that of a server which sends a byte now and then never ends.
+    Thread(target=wait, daemon=True).start()
+    try:
+        return answer.result(seconds)
+    except NotInTime:
+        too_late = ReadTimeout(f"no whole answer within {seconds} seconds")
+        raise MlflowException(str(too_late)) from too_late
 
 
 def checked(answer: Response, endpoint: str) -> Response:
     """Return a server's answer, if it isn't an error.
 
     Raises:
-        MlflowException: When it is; its cause has the status, also of another server's answer.
+        MlflowException: When it is, or is from where only a GET is redirected to; its cause has the
+            status, also of another server's answer.
     """
     from mlflow.exceptions import MlflowException
     from mlflow.utils.rest_utils import verify_rest_response
     from requests.exceptions import HTTPError
 
     try:
+        if any(redirect.status_code in (301, 302, 303) for redirect in answer.history):
+            raise MlflowException("redirected, and what a request writes would be lost on the way")
         verify_rest_response(answer, endpoint)
     except MlflowException as error:
         raise error from HTTPError(response=answer)
@@ -166,15 +203,30 @@ def _find_experiment(server: Server, name: str) -> Experiment | None:
         raise SettingError(ADDRESS, f"{shown_uri(server.tracking_uri)} {what}") from error
 
 
+def experiment_name(server: Server, options: ExperimentOptions) -> str:
+    """Return the name of the experiment that runs belong to.
+
+    Raises:
+        SettingError: When it can't be one on Databricks, whose experiments have paths for names.
+    """
+    name, uri = options.name or "Default", server.replayed_to or server.tracking_uri
+    if is_databricks(uri) and not name.startswith("/"):
+        what = (
+            f"expected a path in the workspace, such as '/Shared/{name}' or '/Users/<you>/{name}'"
+        )
+        raise SettingError(("tracking", "experiment", "name"), f"{what}, got {name!r}")
+    return name
+
+
 def experiment_id(server: Server, options: ExperimentOptions) -> str:
     """Return the id of the experiment that runs belong to; make or restore it when need be.
 
     Raises:
-        SettingError: When it is deleted and `restore_if_deleted` is false.
+        SettingError: When it is deleted and `restore_if_deleted` is false, or can't have its name.
     """
     from mlflow.exceptions import MlflowException
 
-    name = options.name or "Default"
+    name = experiment_name(server, options)
     experiment = _find_experiment(server, name)
     if experiment is None:
         try:
@@ -204,16 +256,12 @@ def lack_of_models(server: Server) -> SettingError | None:
     Makes one request, for pipelines that log models: else they would fail when all has run.
     """
     from mlflow.exceptions import MlflowException
-    from mlflow.utils.credentials import get_default_host_creds
-    from mlflow.utils.rest_utils import http_request
 
     uri = server.tracking_uri
     if not is_http(uri):
         return None
     try:
-        answer = http_request(
-            get_default_host_creds(uri), "/version", "GET", max_retries=0, timeout=5
-        )
+        answer = first_answer(uri, "/version", 5)
     except MlflowException as error:
         logger.info("The server doesn't tell its version: %s", error)
         return None
