@@ -7,10 +7,12 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
+from kedro.framework.startup import bootstrap_project
 
 from ...support.projects import Project
 from ...support.servers import CountingProxy
@@ -96,10 +98,18 @@ def served(new_project: Callable[..., Project], server: CountingProxy) -> Projec
     ],
 )
 def test_a_run_makes_no_more_requests_than_it_needs(
-    served: Project, server: CountingProxy, code: str, parameters: dict[str, Any], limit: int
+    served: Project,
+    server: CountingProxy,
+    monkeypatch: pytest.MonkeyPatch,
+    code: str,
+    parameters: dict[str, Any],
+    limit: int,
 ) -> None:
     served.pipeline(code)
     served.parameters(parameters)
+    bootstrap_project(served.path)
+    outbox = import_module(f"{served.package}.runtime.tracking.outbox")
+    monkeypatch.setattr(outbox, "FLUSH_AFTER", 600)  # on a slow machine points would go apart
 
     served.run()
 

@@ -140,10 +140,11 @@ def log(
             arguments["input_example"] = _first_rows(data, 1)
         # After the prediction, which may have imported more of the project's libraries.
         required, libraries = of_project(package)
-        given = arguments.get("code_paths") or ()
         code = _code(model, package, libraries)
-        arguments["code_paths"] = _copied(code, Path(code_folder)) + [
-            str(Path(path).resolve()) for path in given
+        given = [Path(path).resolve() for path in arguments.get("code_paths") or ()]
+        arguments["code_paths"] = [
+            *_copied(code, Path(code_folder)),
+            *(str(path) for path in given if path not in code),
         ]
         arguments = with_requirements(
             mlflow.pyfunc, model, arguments, required, indexes_of(package)
