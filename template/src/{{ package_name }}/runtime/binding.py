@@ -35,7 +35,7 @@ from .stores.errors import artifact_error_in
 from .stores.server import Server, lack_of_models
 from .tracking import autologging, params, process, provenance
 from .tracking.active import active_run_id
-from .tracking.ending import finish
+from .tracking.ending import end_abandoned, finish
 from .tracking.handle import RunHandle
 from .tracking.opening import start
 
@@ -69,6 +69,7 @@ _run_before: ContextVar[str | None] = ContextVar("run_before_context", default=N
 
 def use_context(context: KedroContext) -> None:
     """Set the context of the pipeline that this thread runs next."""
+    end_abandoned()  # or its run would be taken for one that somebody has opened
     _context.set(context)
     _run_before.set(active_run_id())
 

@@ -15,8 +15,7 @@ from kedro.framework.hooks import hook_impl
 
 from . import binding, stores
 from .config.errors import ConfigError
-from .stores import credentials
-from .tracking.ending import end_abandoned
+from .tracking.ending import end_abandoned, leave_call
 
 if TYPE_CHECKING:
     from kedro.framework.context import KedroContext
@@ -71,8 +70,8 @@ class MlflowHook:
         if binding.is_tracked(context, run_params):
             part = binding.part_that_runs(context, run_params, pipeline, catalog)
             run = binding.open_run(context, run_params, part, catalog)
-            # Ctrl-C takes the pipeline away with Kedro's call, and no hook is called.
-            weakref.finalize(pipeline, credentials.take_back, run.opening)
+            # With Ctrl-C the pipeline goes away with Kedro's call, and no hook is called.
+            weakref.finalize(pipeline, leave_call, run)
         else:
             binding.prepare_untracked(context, catalog)
         binding.bind(context, part, catalog, run)

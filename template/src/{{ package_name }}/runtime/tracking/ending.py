@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from inspect import currentframe
 from pathlib import Path
 from traceback import walk_stack
@@ -45,14 +45,15 @@ class Started:
     """A run that this process started: when, in which thread, and below which call on its stack.
 
     `markers` is the folder that notes which runs are in progress, `env` Kedro's environment. The
-    call is known by its id: its frame would keep alive all data of a pipeline that was left.
+    call is known by the id of its frame, which itself would keep alive all data of a pipeline that
+    was left; None when the frame is gone.
     """
 
     run: RunHandle
     markers: Path
     env: str | None
     thread: int
-    call: int
+    call: int | None
     time: float
 
     def is_abandoned(self) -> bool:
@@ -81,6 +82,14 @@ def watch(run: RunHandle, markers: Path, env: str | None, frame: FrameType) -> N
     if not run.attached:
         process.mark(markers, run.run_id, shown_uri(run.server.tracking_uri))
     process.watch_signals(_end_all)
+
+
+def leave_call(run: RunHandle) -> None:
+    """Note that the call that runs a pipeline is gone, and take back the run's credentials."""
+    held = state.current()
+    if started := held.started.get(run.key):  # else the run has ended
+        held.started[run.key] = replace(started, call=None)
+        credentials.take_back(run.opening)
 
 
 def finish(run: RunHandle, status: str, reason: str | None = None) -> None:
