@@ -94,6 +94,30 @@ def test_set_active_experiment(store: MlflowClient) -> None:
     assert "MLFLOW_EXPERIMENT_ID" not in os.environ
 
 
+def test_exchange_active_model(store: MlflowClient) -> None:
+    check(fluent, "_ACTIVE_MODEL_CONTEXT", "ActiveModelContext")
+    model = store.create_logged_model("0", "classifier").model_id
+
+    before = _mlflow.exchange_active_model(model)
+    inside = mlflow.get_active_model_id()
+    with ThreadPoolExecutor(1) as pool:
+        elsewhere = pool.submit(mlflow.get_active_model_id).result()
+    _mlflow.restore_active_model(before)
+
+    assert (inside, elsewhere, mlflow.get_active_model_id()) == (model, None, None)
+
+
+def test_restore_active_model() -> None:
+    outer = _mlflow.exchange_active_model("m-1")
+    inner = _mlflow.exchange_active_model(None)
+    without = mlflow.get_active_model_id()
+    _mlflow.restore_active_model(inner)
+    again = mlflow.get_active_model_id()
+    _mlflow.restore_active_model(outer)
+
+    assert (without, again, mlflow.get_active_model_id()) == (None, "m-1", None)
+
+
 @pytest.mark.skipif(not has("mlflow", "3.10"), reason="MLflow puts them where it is used")
 def test_artifact_root_variable(
     empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

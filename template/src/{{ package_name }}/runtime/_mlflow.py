@@ -41,6 +41,28 @@ def set_active_experiment(experiment_id: str | None) -> None:
     fluent._active_experiment_id = experiment_id  # type: ignore[assignment]
 
 
+def exchange_active_model(model_id: str | None) -> object:
+    """Set the model that metrics of this thread belong to; None for no model.
+
+    `mlflow.set_active_model` makes a request, and tells of each model. Seen in MLflow 3.9 to 3.17.
+
+    Returns:
+        What `restore_active_model` takes.
+    """
+    from mlflow.tracking import fluent
+
+    before = fluent._ACTIVE_MODEL_CONTEXT.get()
+    fluent._ACTIVE_MODEL_CONTEXT.set(fluent.ActiveModelContext(model_id))
+    return before
+
+
+def restore_active_model(before: object) -> None:
+    """Take back what `exchange_active_model` did in this thread."""
+    from mlflow.tracking import fluent
+
+    fluent._ACTIVE_MODEL_CONTEXT.set(before)
+
+
 def artifact_root_variable(location: str | None) -> dict[str, str | None]:
     """Return the variable for where MLflow puts the files of an experiment that it makes itself.
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 from uuid import uuid4
 
 from kedro.framework import project
-from kedro.io import MemoryDataset
+from kedro.io import DatasetError, MemoryDataset
 
 from . import _kedro, stores
 from .config.errors import ConfigError, SettingError
@@ -28,7 +28,8 @@ from .config.hiding import secrets_of as secrets_of  # for hooks and commands of
 from .config.loading import mistake, package_name, read_credentials
 from .datasets import outputs
 from .datasets.base import TrackedDataset
-from .datasets.models import MlflowModelTrackingDataset
+from .datasets.metrics import MetricDataset
+from .datasets.models import MlflowModelTrackingDataset, ModelDataset
 from .extras import check_hooks
 from .stores import credentials
 from .stores.errors import artifact_error_in
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from kedro.framework.context import KedroContext
     from kedro.io import DataCatalog
     from kedro.pipeline import Pipeline
+    from kedro.pipeline.node import Node
 
     from .config.keys import ExperimentOptions, RequestHeaderProviderOptions
     from .stores.project import MlflowConfig
@@ -183,8 +185,9 @@ def open_run(
             names what isn't there, or a hook of an extra is missing.
     """
     config = _config_of(context)
-    for name in pipeline.datasets():
-        catalog.get(name)  # one that can't be made fails here, before there is a run
+    # One that can't be made fails here, before there is a run.
+    datasets = {name: _kedro.uncached(catalog.get(name)) for name in pipeline.datasets()}
+    _join_models_and_metrics(pipeline, datasets)
     secrets = secrets_of_run(context, pipeline, catalog)
     hide_in_output(secrets)
     variables = read_credentials(context)
@@ -273,6 +276,7 @@ class Binding:
     secrets: Secrets
     outputs: tuple[str, ...]  # names and patterns of the outputs to log as artifacts
     autolog: autologging.Flavors
+    models: Mapping[str, tuple[str, ...]]  # by node, the datasets of models that it takes
     variables: dict[str, str | None] = field(repr=False)  # of the environment: credentials
     main_process: int
     managers: tuple[int, ...]
@@ -319,6 +323,7 @@ def bind(
         secrets_of_run(context, pipeline, catalog),
         tuple(config.tracking.artifacts.datasets),
         config.tracking.autolog if run else {},
+        _models_by_node(pipeline, datasets),
         credentials.exported(run.opening if run else _untracked(catalog)),
         os.getpid(),
         tuple(process.managers()),
@@ -337,6 +342,48 @@ def bind(
     except BaseException as error:  # a dataset may look at its place, which may not be reachable
         fail(catalog, error)
         raise
+
+
+def _models_by_node(
+    pipeline: Pipeline, datasets: Mapping[str, Any]
+) -> Mapping[str, tuple[str, ...]]:
+    taken = {
+        node.name: tuple(name for name in node.inputs if isinstance(datasets[name], ModelDataset))
+        for node in pipeline.nodes
+    }
+    return {name: models for name, models in taken.items() if models}
+
+
+def _join_models_and_metrics(pipeline: Pipeline, datasets: Mapping[str, Any]) -> None:
+    """Let the datasets of metrics know the models that the same node takes or makes.
+
+    Raises:
+        DatasetError: When one names as its model what is none of them.
+    """
+    for node in pipeline.nodes:
+        models = {
+            name: datasets[name]
+            for name in (*node.inputs, *node.outputs)
+            if isinstance(datasets[name], ModelDataset)
+        }
+        for name in node.outputs:
+            dataset = datasets[name]
+            if not isinstance(dataset, MetricDataset):
+                continue
+            if dataset.model not in (None, *models):
+                raise DatasetError(
+                    f"`model` of {name!r} is a model that its node takes or makes "
+                    f"({', '.join(models) or 'there is none'}), got {dataset.model!r}."
+                )
+            dataset.models = [m for n, m in models.items() if dataset.model in (None, n)]
+
+
+def model_judged_by(node: Node, catalog: DataCatalog) -> str | None:
+    """Return the id of the one model that a node takes; None when it takes several or none."""
+    binding = _binding_of(catalog)
+    names = binding.models.get(node.name, ()) if binding else ()
+    ids = {_kedro.uncached(catalog.get(name)).model_id for name in names}
+    return ids.pop() if len(ids) == 1 else None
 
 
 def refuse_old_server(context: KedroContext, run: RunHandle) -> None:

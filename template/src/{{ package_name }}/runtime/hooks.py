@@ -88,7 +88,7 @@ class MlflowHook:
         if run is None:
             return (yield)
         run.leave()  # what a generator has kept
-        run.enter()
+        run.enter(model_id=binding.model_judged_by(node, catalog))
         try:
             return (yield)
         except BaseException as error:

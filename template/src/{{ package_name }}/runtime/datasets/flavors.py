@@ -28,6 +28,10 @@ _WORKFLOWS = ("python_model", "loader_module")
 # The arguments of `log_model` with which a user says what a model requires.
 _REQUIREMENTS = ("pip_requirements", "conda_env", "uv_project_path", "uv_groups", "uv_extras")
 
+# The step whose metrics in the run MLflow gives to a model that is logged: one that no metric has,
+# because the run's metrics are of other models too.
+_NO_STEP = -1
+
 # MLflow notes which environment variables a model reads when it tries the input example, by
 # exchanging methods of `os.environ`; two threads at once would not put them back.
 _trying_example = threading.Lock()
@@ -70,6 +74,8 @@ class Flavor:
 
     def log(self, model: Any, arguments: Mapping[str, Any]) -> ModelInfo:
         """Log a model to MLflow's active run with the arguments of `log_model`."""
+        if "step" in inspect.signature(self._module_with("log_model").log_model).parameters:
+            arguments = {"step": _NO_STEP, **arguments}
         example = arguments.get("input_example")
         with nullcontext() if example is None else _trying_example:
             info: ModelInfo = self._write("log_model", model, arguments)

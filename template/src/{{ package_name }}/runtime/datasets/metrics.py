@@ -19,16 +19,27 @@ from .base import TrackedDataset, mode_of
 if TYPE_CHECKING:
     from mlflow.entities import Metric
 
+    from .models import ModelDataset
+
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 80
 
 
-class _MetricDataset(TrackedDataset):
-    """What all datasets of metrics share: points that MLflow takes, and gives back in order."""
+class MetricDataset(TrackedDataset):
+    """What all datasets of metrics share: points that MLflow takes, and gives back in order.
 
-    def __init__(self, run_id: str | None, metadata: dict[str, Any] | None) -> None:
+    `model` is the name of the dataset whose model the metrics belong to; `models` are the datasets
+    of models that a node takes or makes together with them, of which one alone is that model.
+    """
+
+    models: Sequence[ModelDataset] = ()
+
+    def __init__(
+        self, run_id: str | None, metadata: dict[str, Any] | None, model: str | None
+    ) -> None:
         self.run_id = run_id
         self.metadata = metadata
+        self.model = model
         # Of each metric, the timestamp and the step that the last point got.
         self._last: dict[str, tuple[int, int]] = {}
 
@@ -36,7 +47,11 @@ class _MetricDataset(TrackedDataset):
         if self._is_tracked:
             for key in {point.key for point in points}:
                 _check_name(key)
-            self._resolve_run().log_metrics(self._in_order(points))
+            model_ids = {dataset.model_id for dataset in self.models}
+            (model_id,) = model_ids if len(model_ids) == 1 else (None,)
+            self._resolve_run().log_metrics(
+                point._replace(model_id=model_id) for point in self._in_order(points)
+            )
 
     def _in_order(self, points: Iterable[Point]) -> Iterator[Point]:
         """Return each point with a timestamp, which puts it after the point before it.
@@ -62,10 +77,10 @@ class _MetricDataset(TrackedDataset):
         """Check whether a metric of the run is one that this dataset saves."""
 
 
-class _OneMetricDataset(_MetricDataset):
+class _OneMetricDataset(MetricDataset):
     """What the datasets of one metric share: its key, by default the name in the catalog."""
 
-    SHOWN = ("key", "run_id", "load_args", "save_args")
+    SHOWN = ("key", "run_id", "load_args", "save_args", "model")
 
     # The first is the default.
     LOAD_MODES: ClassVar[tuple[str, ...]] = ()
@@ -78,8 +93,9 @@ class _OneMetricDataset(_MetricDataset):
         load_args: dict[str, Any] | None = None,
         save_args: dict[str, Any] | None = None,
         metadata: dict[str, Any] | None = None,
+        model: str | None = None,
     ) -> None:
-        super().__init__(run_id, metadata)
+        super().__init__(run_id, metadata, model)
         self.key = key
         self.load_args = load_args or {}
         self.save_args = save_args or {}
@@ -121,6 +137,7 @@ class MlflowMetricDataset(_OneMetricDataset):
         save_args: `step` to log at, or `mode`: `overwrite` (default) logs at the last step there
             is, `append` at the one after; `timestamp` in milliseconds since 1970.
         metadata: Kept and not used.
+        model: Dataset whose model the values belong to, where a node has several models.
 
     Raises:
         DatasetError: When an argument is none of these.
@@ -161,6 +178,7 @@ class MlflowMetricHistoryDataset(_OneMetricDataset):
             that a node yields), and in a `history` the timestamp, in milliseconds since 1970, may
             be left out.
         metadata: Kept and not used.
+        model: Dataset whose model the values belong to, where a node has several models.
 
     Raises:
         DatasetError: When an argument is none of these.
@@ -200,18 +218,19 @@ class MlflowMetricHistoryDataset(_OneMetricDataset):
         return [_point(item, key, rule) for item in _elements(data, rule)]
 
 
-class _ManyMetricsDataset(_MetricDataset):
+class _ManyMetricsDataset(MetricDataset):
     """What the datasets of many metrics share: a prefix, by default the name in the catalog."""
 
-    SHOWN = ("prefix", "run_id")
+    SHOWN = ("prefix", "run_id", "model")
 
     def __init__(
         self,
         run_id: str | None = None,
         prefix: str | None = None,
         metadata: dict[str, Any] | None = None,
+        model: str | None = None,
     ) -> None:
-        super().__init__(run_id, metadata)
+        super().__init__(run_id, metadata, model)
         self.prefix = prefix
 
     def bind(self, *args: Any) -> None:
@@ -244,6 +263,7 @@ class MlflowMetricsDataset(_ManyMetricsDataset):
         prefix: Put before each name, with a dot; by default the dataset's name in the catalog,
             and with an empty string nothing.
         metadata: Kept and not used.
+        model: Dataset whose model the values belong to, where a node has several models.
     """
 
     def load(self) -> dict[str, float]:
@@ -266,6 +286,7 @@ class MlflowMetricsHistoryDataset(_ManyMetricsDataset):
         prefix: Put before each name, with a dot; by default the dataset's name in the catalog,
             and with an empty string nothing.
         metadata: Kept and not used.
+        model: Dataset whose model the values belong to, where a node has several models.
     """
 
     def load(self) -> dict[str, Any]:

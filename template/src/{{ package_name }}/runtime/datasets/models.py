@@ -25,8 +25,13 @@ if TYPE_CHECKING:
 REFUSED_IN_NAME = re.compile(r"[/:.%\"']")
 
 
-class _ModelDataset(TrackedDataset):
-    """What the datasets of models on a server share: they load by the URI of the model."""
+class ModelDataset(TrackedDataset):
+    """What the datasets of models on a server share: they load by the URI of the model.
+
+    `model_id` is MLflow's id of the model that was last logged or loaded in the current run.
+    """
+
+    model_id: str | None = None
 
     def __init__(
         self,
@@ -51,7 +56,11 @@ class _ModelDataset(TrackedDataset):
 
     def load(self) -> Any:
         """Load the model."""
-        return self.flavor.load(self._source(), self.load_args)
+        source = self._source()
+        model = self.flavor.load(source, self.load_args)
+        if self._run and not self._is_of_run:
+            self.model_id = _id_of(model, source)
+        return model
 
     def copy_to(self, folder: Path) -> dict[str, Any]:
         """Copy the model that would be loaded to a local folder.
@@ -117,7 +126,7 @@ class _ModelDataset(TrackedDataset):
         }
 
 
-class MlflowModelTrackingDataset(_ModelDataset):
+class MlflowModelTrackingDataset(ModelDataset):
     """A model logged to the run, and loaded from it.
 
     A node may return `(model, arguments)` for more arguments of `log_model`, such as
@@ -172,7 +181,7 @@ class MlflowModelTrackingDataset(_ModelDataset):
     def bind(self, *args: Any) -> None:
         """Bind the dataset to a Kedro run, and forget what it saved in an earlier one."""
         super().bind(*args)
-        self.model_info = self._untracked = None
+        self.model_info = self._untracked = self.model_id = None
 
     def load(self) -> Any:
         """Load the model."""
@@ -196,6 +205,7 @@ class MlflowModelTrackingDataset(_ModelDataset):
             arguments.get("registered_model_name"),
             self.registered_model_alias,
         )
+        self.model_id = self.model_info.model_id
 
     @property
     def model_uri(self) -> str:
@@ -212,6 +222,7 @@ class MlflowModelTrackingDataset(_ModelDataset):
                 f"The run {run.run_id} has no model '{self._model_name()}' yet. Save one first, or "
                 "say in `load_args.model_uri` or `load_args.run_id` which to load."
             )
+        self.model_id = saved.model_id
         return saved.model_uri
 
     @property
@@ -251,6 +262,16 @@ class MlflowModelTrackingDataset(_ModelDataset):
         return {**super()._describe(), "model_uri": known}
 
 
+def _id_of(model: Any, source: str) -> str | None:
+    """Return MLflow's id of a model that was loaded; None where MLflow 2 has logged it."""
+    from mlflow.models import Model
+
+    description = getattr(model, "metadata", None)  # of mlflow.pyfunc
+    if not isinstance(description, Model):
+        description = Model.load(source)
+    return str(description.model_id) if description.model_id else None
+
+
 def _download(server: Server, uri: str) -> str:
     """Download a model from a server, whatever `mlflow.…` in this process is pointed at."""
     from mlflow.artifacts import download_artifacts
@@ -272,7 +293,7 @@ def _address(server: Server, uri: str) -> str:
     return _address(server, server.client.get_model_version_download_uri(*model))
 
 
-class MlflowModelRegistryDataset(_ModelDataset):
+class MlflowModelRegistryDataset(ModelDataset):
     """A registered model, to load.
 
     Args:

@@ -151,6 +151,7 @@ def log(
         )
         # What `mlflow.pyfunc.log_model` does, with a description of our own.
         write = partial(_Description.log, None, mlflow.pyfunc, artifacts=artifacts, **arguments)
+        run.flush()  # MLflow gives the model the metrics that the run has
         info = run.log_model(
             partial(write, python_model=model), arguments.get("registered_model_name"), alias
         )

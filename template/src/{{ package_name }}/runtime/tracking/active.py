@@ -23,15 +23,24 @@ def active_run_id() -> str | None:
     return stack[-1].info.run_id if stack else None
 
 
-def enter(run: RunHandle, scope: str) -> None:
+def enter(run: RunHandle, scope: str, model_id: str | None = None) -> None:
     """Make a run MLflow's active run in this thread, without a request.
 
-    `scope` says for how long: for `leave` to find what belongs to it.
+    Args:
+        run: The run.
+        scope: Says for how long: for `leave` to find what belongs to it.
+        model_id: The model that metrics belong to for so long; one that the user has set goes
+            before it.
     """
+    from mlflow import get_active_model_id
+
     run.server.use()
     # Runs that the user's code nests in this one belong to the same experiment.
     _mlflow.set_active_experiment(run.experiment_id)
-    _mlflow.active_runs().append(_active_run(run, scope))
+    active = _active_run(run, scope, model_id)
+    if model_id and get_active_model_id() is None:
+        active.model_before = _mlflow.exchange_active_model(model_id)  # type: ignore[attr-defined]
+    _mlflow.active_runs().append(active)
     held = state.current()
     if not held.is_clearing_active_runs:
         held.is_clearing_active_runs = True
@@ -63,15 +72,25 @@ def _cut(stack: list[ActiveRun], length: int, status: str) -> None:
 
     while len(stack) > length:
         if hasattr(stack[-1], "entered"):
-            stack.pop()
+            active = stack.pop()
+            if hasattr(active, "model_before"):
+                _mlflow.restore_active_model(active.model_before)
         else:
             mlflow.end_run(status)
 
 
-def _active_run(run: RunHandle, scope: str) -> ActiveRun:
+def _active_run(run: RunHandle, scope: str, model_id: str | None) -> ActiveRun:
     """Return MLflow's own object for a run, made from the handle without a request."""
     from mlflow import ActiveRun
-    from mlflow.entities import LifecycleStage, Run, RunData, RunInfo, RunStatus
+    from mlflow.entities import (
+        LifecycleStage,
+        LoggedModelInput,
+        Run,
+        RunData,
+        RunInfo,
+        RunInputs,
+        RunStatus,
+    )
 
     info = RunInfo(
         run_id=run.run_id,
@@ -84,6 +103,8 @@ def _active_run(run: RunHandle, scope: str) -> ActiveRun:
         artifact_uri=run.artifact_uri,
         run_name=run.name,
     )
-    active = ActiveRun(Run(info, RunData()))
+    # With a model that it doesn't know of yet, MLflow makes a request for each metric.
+    inputs = RunInputs([], [LoggedModelInput(model_id)]) if model_id else None
+    active = ActiveRun(Run(info, RunData(), inputs))
     active.entered = (run.run_id, scope)  # type: ignore[attr-defined]
     return active

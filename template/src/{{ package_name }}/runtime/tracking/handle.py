@@ -128,7 +128,6 @@ class RunHandle:
 
         The version that gets registered by it, as `registered_name`, is given the alias.
         """
-        self.flush()  # MLflow links the metrics that the run has now with the model
         with self.active(), translate_artifact_errors(self.artifact_uri, self.server):
             info = log()
         if alias and registered_name:
@@ -141,9 +140,12 @@ class RunHandle:
         """Send every point that waits in this process."""
         outbox_of(self).flush()
 
-    def enter(self, scope: str = "node") -> None:
-        """Make this MLflow's active run in this thread, for as long as `scope` says."""
-        active.enter(self, scope)
+    def enter(self, scope: str = "node", model_id: str | None = None) -> None:
+        """Make this MLflow's active run in this thread, for as long as `scope` says.
+
+        Metrics that are logged with MLflow's functions for so long belong to a model.
+        """
+        active.enter(self, scope, model_id)
 
     def leave(self, scope: str = "node", status: str = "FINISHED") -> None:
         """Take back what `enter` did; a run that was opened since and left open is ended."""

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
-from .. import state
+from .. import _mlflow, state
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric
@@ -25,12 +25,16 @@ FLUSH_AFTER = 1.0
 
 
 class Point(NamedTuple):
-    """One value of a metric; `timestamp` is in milliseconds since 1970."""
+    """One value of a metric; `timestamp` is in milliseconds since 1970.
+
+    `model_id` is the logged model that the value judges.
+    """
 
     key: str
     value: float
     step: int = 0
     timestamp: int | None = None
+    model_id: str | None = None
 
 
 class Outbox:
@@ -51,10 +55,9 @@ class Outbox:
 
         now = int(time.time() * 1000)
         with self._lock:
-            for key, value, step, timestamp in points:
-                self._points.append(
-                    Metric(key, value, now if timestamp is None else timestamp, step)
-                )
+            for key, value, step, timestamp, model_id in points:
+                timestamp = now if timestamp is None else timestamp
+                self._points.append(Metric(key, value, timestamp, step, model_id=model_id))
                 self.last_steps[key] = max(step, self.last_steps.get(key, step))
             if self._points and self._timer is None:
                 self._timer = threading.Timer(FLUSH_AFTER, self._flush_in_background)
@@ -71,12 +74,16 @@ class Outbox:
                     self._timer = None
             if not points:
                 return
+            # MLflow takes a point without a model for one of the thread's active model.
+            active_model = _mlflow.exchange_active_model(None)
             try:
                 self._run.server.client.log_batch(self._run.run_id, metrics=points)
             except BaseException:
                 with self._lock:
                     self._points[:0] = points
                 raise
+            finally:
+                _mlflow.restore_active_model(active_model)
 
     def _flush_in_background(self) -> None:
         from mlflow.exceptions import MlflowException
