@@ -112,20 +112,19 @@ def test_metrics_belong_to_a_model_that_is_loaded_from_anywhere(project: Project
     project.catalog(CATALOG.replace("save_args: {pip_requirements: [scikit-learn]}", registered))
     project.run(to_nodes=["train"])
     run_id = project.all_runs()[0].info.run_id
-    flavor = "flavor: mlflow.sklearn"
+    registry = "type: PACKAGE.runtime.MlflowModelRegistryDataset, model_name: PACKAGE-m"
+    of_run = "type: PACKAGE.runtime.MlflowModelTrackingDataset, flavor: mlflow.sklearn"
     for number, first in enumerate(
-        [
-            f"{{type: PACKAGE.runtime.MlflowModelRegistryDataset, model_name: PACKAGE-m, {flavor}}}",
-            "{type: PACKAGE.runtime.MlflowModelRegistryDataset, model_name: PACKAGE-m}",
-            "{type: PACKAGE.runtime.MlflowModelTrackingDataset, flavor: mlflow.sklearn, "
-            f"load_args: {{run_id: {run_id}}}}}",
-            "{type: PACKAGE.runtime.MlflowModelTrackingDataset, flavor: mlflow.sklearn, "
-            "load_args: {model_uri: 'models:/PACKAGE-m/1'}}",
-        ]
+        (
+            f"{registry}, flavor: mlflow.sklearn",
+            registry,
+            f"{of_run}, load_args: {{run_id: {run_id}}}",
+            f"{of_run}, load_args: {{model_uri: 'models:/PACKAGE-m/1'}}",
+        )
     ):
         project.catalog(f"""
         accuracy: {{type: PACKAGE.runtime.MlflowMetricDataset, key: accuracy{number}}}
-        first: {first}
+        first: {{{first}}}
         """)
 
         project.run(node_names=["judge"])
