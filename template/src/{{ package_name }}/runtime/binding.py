@@ -33,7 +33,7 @@ from .extras import check_hooks
 from .stores import credentials
 from .stores.errors import artifact_error_in
 from .stores.server import Server, lack_of_models
-from .tracking import autologging, params, process, provenance
+from .tracking import autologging, params, process, provenance, traces
 from .tracking.active import active_run_id
 from .tracking.ending import finish
 from .tracking.handle import RunHandle
@@ -84,7 +84,8 @@ def announce(context: KedroContext) -> None:
     try:
         config, variables = _config_of(context), read_credentials(context)
         config.announce(
-            _announcement(context), {"MLFLOW_RUN_ID": config.tracking.run.id, **variables}
+            _announcement(context),
+            {**traces.variables(), "MLFLOW_RUN_ID": config.tracking.run.id, **variables},
         )
         weakref.finalize(context, credentials.take_back, _announcement(context))
     except Exception as error:  # the run says it, and a command without a run needs no MLflow
@@ -300,6 +301,7 @@ class Binding:
             # It belongs to this run. A forkserver has the environment of when it was started.
             credentials.export("worker", self.variables)
             process.follow_parent(self.main_process, self.managers)
+            traces.flush_before_exit()
 
 
 def bind(
@@ -386,6 +388,8 @@ def in_worker(catalog: DataCatalog) -> Iterator[None]:
             if run:
                 run.leave(status="FAILED")  # what an exit has left
             raise
+        finally:
+            traces.flush()
 
 
 def name_datasets(catalog: DataCatalog, config: dict[str, Any]) -> None:
