@@ -210,15 +210,36 @@ def test_a_run_is_in_its_projects_store_beside_a_context_of_another_project(
     assert (len(project.all_runs()), other.all_runs()) == (1, [])
 
 
-def test_a_metric_that_mlflow_refuses_ends_the_run_as_failed(project: Project) -> None:
-    project.pipeline(ONE_NODE)
-    project.parameters({"x": 1})
-    project.catalog("y: {type: PACKAGE.runtime.MlflowMetricDataset, key: 'no%name'}")
+@pytest.mark.parametrize(
+    "metric",
+    [
+        "{type: PACKAGE.runtime.MlflowMetricDataset, key: 'no%name'}",
+        "{type: PACKAGE.runtime.MlflowMetricsDataset, prefix: 'no%name'}",
+    ],
+)
+def test_a_metric_that_mlflow_refuses_fails_the_run_before_a_node_runs(
+    project: Project, metric: str
+) -> None:
+    project.pipeline(
+        """
+        from pathlib import Path
+        from kedro.pipeline import Node, Pipeline
 
-    with pytest.raises(DatasetError, match="no%name"):
+        def work():
+            Path("has run").touch()
+            return 1
+
+        def create_pipeline():
+            return Pipeline([Node(work, None, "y")])
+        """
+    )
+    project.catalog(f"y: {metric}")
+
+    with pytest.raises(DatasetError, match="MLflow refuses the metric name 'no%name"):
         project.run()
 
     assert project.only_run().info.status == "FAILED"
+    assert not Path("has run").exists()
 
 
 def test_a_dataset_that_cannot_be_made_fails_before_there_is_a_run(project: Project) -> None:

@@ -91,6 +91,8 @@ class _OneMetricDataset(_MetricDataset):
         """Bind the dataset to a Kedro run; its name is the key when nothing else is."""
         super().bind(*args)
         self.key = self.key or self._name
+        if self._run:
+            _check_name(self.key)
 
     def _required_key(self) -> str:
         return self._required("a `key`", self.key)
@@ -219,6 +221,8 @@ class _ManyMetricsDataset(_MetricDataset):
         super().bind(*args)
         if self.prefix is None:
             self.prefix = self._name
+        if self._run:
+            _check_name(self._key("name"))
 
     def _key(self, name: Any) -> str:
         return f"{self.prefix}.{name}" if self.prefix else str(name)
