@@ -202,6 +202,7 @@ def test_a_run_is_in_its_projects_store_beside_a_context_of_another_project(
         made.parameters({"x": 2})
     bootstrap_project(other.path)
     with KedroSession.create(project_path=other.path) as session:
+        assert isinstance(session, KedroSession)
         context = session.load_context()
 
         project.run()

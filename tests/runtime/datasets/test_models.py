@@ -500,7 +500,7 @@ def test_a_signature_that_cannot_be_inferred_is_an_error(
 
 
 # The same signature as MLflow writes it, and in YAML.
-SIGNATURES = {
+SIGNATURES: dict[str, dict[str, Any]] = {
     "JSON": {"inputs": '[{"name": "x", "type": "double"}]', "outputs": '[{"type": "double"}]'},
     "YAML": {"inputs": [{"name": "x", "type": "double"}], "outputs": [{"type": "double"}]},
 }

@@ -29,6 +29,7 @@ from .config.loading import mistake, package_name, read_credentials
 from .datasets import outputs
 from .datasets.base import TrackedDataset
 from .datasets.models import MlflowModelTrackingDataset
+from .datasets.validation import tags_of_refusal
 from .extras import check_hooks
 from .stores import credentials
 from .stores.errors import artifact_error_in
@@ -433,8 +434,11 @@ def report(catalog: DataCatalog, error: BaseException, node: str | None = None) 
         setattr(error, _REPORTED, run.opening)
     hidden, lines = binding.secrets.hide_in, "".join(traceback.format_exception(error))
     cause = artifact_error_in(error) or error
+    tags = {"kedro_error": f"{type(cause).__name__}: {cause}", **tags_of_refusal(error)}
+    if node:
+        tags["kedro_failed_node"] = node
     with _warning_of_failures():
-        run.report_error(hidden(f"{type(cause).__name__}: {cause}"), hidden(lines), node)
+        run.report_error({name: hidden(text) for name, text in tags.items()}, hidden(lines))
 
 
 def fail(catalog: DataCatalog, error: BaseException) -> None:

@@ -168,13 +168,13 @@ def signature_of(given: Any) -> Any:
     if not isinstance(given, str | Mapping) or given == _AUTO:
         return given
     rule = f"is `{_AUTO}`, or a mapping of {', '.join(_SIGNATURE_PARTS)} as in MLmodel"
-    is_mapping = isinstance(given, Mapping) and given and set(given) <= set(_SIGNATURE_PARTS)
-    check(is_mapping, "save_args.signature", rule, given)
+    written: dict[str, Any] = dict(given) if isinstance(given, Mapping) else {}
+    check(written and set(written) <= set(_SIGNATURE_PARTS), "save_args.signature", rule, given)
     from mlflow.exceptions import MlflowException
     from mlflow.models import ModelSignature
 
     parts = {
-        name: part if isinstance(part, str) else json.dumps(part) for name, part in given.items()
+        name: part if isinstance(part, str) else json.dumps(part) for name, part in written.items()
     }
     try:
         return ModelSignature.from_dict(parts)
