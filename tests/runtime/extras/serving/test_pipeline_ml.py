@@ -355,7 +355,7 @@ WITHOUT_TABLE = "model: {type: json.JSONDataset, filepath: data/model.json}"
         ),
         (CATALOG, {"signature": "automatic"}, "signature: expected auto, a ModelSignature or None"),
         (CATALOG, {"registered_name": "penguins"}, "has no argument 'registered_name'"),
-        (CATALOG, {"name": "a/b"}, "`log_model_kwargs.name` is a text without / : . % and quotes"),
+        (CATALOG, {"name": "a/b"}, "`name` is a text without / : . % and quotes, got 'a/b'"),
         (CATALOG, {"registered_model_name": "a/b"}, "_model_name` is a text without / and :, got"),
     ],
 )

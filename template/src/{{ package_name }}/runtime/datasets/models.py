@@ -24,19 +24,19 @@ if TYPE_CHECKING:
     from mlflow.models.model import ModelInfo
 
 # Characters that MLflow refuses in the name of a logged model, and in that of a registered one.
-REFUSED_IN_NAME = re.compile(r"[/:.%\"']")
-REFUSED_IN_REGISTERED_NAME = re.compile(r"[/:]")
+_REFUSED_IN_LOGGED = re.compile(r"[/:.%\"']")
+_REFUSED_IN_REGISTERED = re.compile(r"[/:]")
 
 # An alias that MLflow can give to a version: `latest` and `v3` mean versions already.
 _NEW_ALIAS = re.compile(r"(?!(?:latest|v\d+)$)[\w-]{1,255}", re.IGNORECASE)
 
 
-def check_names(arguments: Mapping[str, Any], of: str = "save_args") -> None:
+def check_names(arguments: Mapping[str, Any], group: str = "save_args.") -> None:
     """Check the names that arguments of `log_model` give a model.
 
     Args:
         arguments: The arguments, and perhaps a `registered_model_alias`.
-        of: What they are the arguments of.
+        group: What stands before their names where the user has written them.
 
     Raises:
         DatasetError: When MLflow refuses one, or one is missing beside another.
@@ -44,22 +44,21 @@ def check_names(arguments: Mapping[str, Any], of: str = "save_args") -> None:
     given = {key: value for key, value in arguments.items() if value is not None}
     if {"name", "artifact_path"} <= given.keys():
         raise DatasetError(
-            f"`{of}` takes a `name` or an `artifact_path`, which is MLflow's earlier word for it, "
-            f"got {given['name']!r} and {given['artifact_path']!r}."
+            f"`{group}name` and `{group}artifact_path`, MLflow's earlier word for it, exclude each "
+            f"other, got {given['name']!r} and {given['artifact_path']!r}."
         )
-    logged = "is a text without / : . % and quotes"
-    registered = "is a text without / and :"
-    for key, refused, rule in (
-        ("name", REFUSED_IN_NAME, logged),
-        ("artifact_path", REFUSED_IN_NAME, logged),
-        ("registered_model_name", REFUSED_IN_REGISTERED_NAME, registered),
-    ):
-        check(_is_name(given.get(key, "none"), refused), f"{of}.{key}", rule, given.get(key))
+    for key in given.keys() & {"name", "artifact_path"}:
+        is_name = _is_name(given[key], _REFUSED_IN_LOGGED)
+        check(is_name, f"{group}{key}", "is a text without / : . % and quotes", given[key])
+    if registered := given.get("registered_model_name"):
+        is_name = _is_name(registered, _REFUSED_IN_REGISTERED)
+        rule = "is a text without / and :"
+        check(is_name, f"{group}registered_model_name", rule, registered)
     alias = given.get("registered_model_alias")
     rule = "has letters, digits, _ and -, and is neither `latest` nor a version such as `v3`"
     is_alias = alias is None or (isinstance(alias, str) and _NEW_ALIAS.fullmatch(alias))
-    check(is_alias, f"{of}.registered_model_alias", rule, alias)
-    if alias and "registered_model_name" not in given:
+    check(is_alias, f"{group}registered_model_alias", rule, alias)
+    if alias and not registered:
         raise DatasetError(
             "`registered_model_alias` needs a `registered_model_name` beside it, "
             f"got {alias!r} alone."
@@ -280,7 +279,7 @@ class MlflowModelTrackingDataset(_ModelDataset):
 
     def _model_name(self) -> str:
         given = self.save_args.get("name") or self.save_args.get("artifact_path")
-        return str(given or REFUSED_IN_NAME.sub("_", self._name or "model"))
+        return str(given or _REFUSED_IN_LOGGED.sub("_", self._name or "model"))
 
     def _exists(self) -> bool:
         if self._given_uri:
@@ -353,7 +352,7 @@ class MlflowModelRegistryDataset(_ModelDataset):
                 "`alias` and `stage_or_version` exclude each other, "
                 f"got {alias!r} and {stage_or_version!r}."
             )
-        is_name = _is_name(model_name, REFUSED_IN_REGISTERED_NAME)
+        is_name = _is_name(model_name, _REFUSED_IN_REGISTERED)
         check(is_name, "model_name", "is a text without / and :", model_name)
         is_alias = alias is None or re.fullmatch(r"[\w-]+", str(alias))
         check(is_alias, "alias", "has letters, digits, _ and -", alias)

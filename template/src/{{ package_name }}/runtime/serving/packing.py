@@ -70,7 +70,7 @@ def check(
                 f"log_model_kwargs: MLflow's pyfunc.log_model has no argument {name!r}"
             )
     try:
-        check_names(arguments, "log_model_kwargs")
+        check_names(arguments, group="")
     except DatasetError as error:
         raise PipelineError(str(error)) from error
     for name, value in model.parameters.items():
