@@ -925,6 +925,7 @@ def test_wrong_arguments_are_refused(client: MlflowClient) -> None:
             {"name": "a", "artifact_path": "b"},
             "exclude each other, got 'a' and 'b'.",
         ),
+        ({"registered_model_name": ""}, "_model_name` is a text without / and :, got ''."),
         ({"registered_model_name": "a:b"}, "registered_model_name` is a text without / and :, got"),
         ({"registered_model_name": "a", "registered_model_alias": "v3"}, "such as `v3`, got 'v3'."),
         ({"registered_model_name": "a", "registered_model_alias": "a b"}, "has letters, digits, _"),

@@ -50,7 +50,8 @@ def check_names(arguments: Mapping[str, Any], group: str = "save_args.") -> None
     for key in given.keys() & {"name", "artifact_path"}:
         is_name = _is_name(given[key], _REFUSED_IN_LOGGED)
         check(is_name, f"{group}{key}", "is a text without / : . % and quotes", given[key])
-    if registered := given.get("registered_model_name"):
+    registered = given.get("registered_model_name")
+    if registered is not None:
         is_name = _is_name(registered, _REFUSED_IN_REGISTERED)
         rule = "is a text without / and :"
         check(is_name, f"{group}registered_model_name", rule, registered)
@@ -58,7 +59,7 @@ def check_names(arguments: Mapping[str, Any], group: str = "save_args.") -> None
     rule = "has letters, digits, _ and -, and is neither `latest` nor a version such as `v3`"
     is_alias = alias is None or (isinstance(alias, str) and _NEW_ALIAS.fullmatch(alias))
     check(is_alias, f"{group}registered_model_alias", rule, alias)
-    if alias and not registered:
+    if alias and registered is None:
         raise DatasetError(
             "`registered_model_alias` needs a `registered_model_name` beside it, "
             f"got {alias!r} alone."
