@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 from click import ClickException
+from kedro.framework.session import KedroSession
+from kedro.framework.startup import bootstrap_project
 from kedro.io import DatasetError
 from mlflow.tracking.context import registry
 
@@ -21,6 +23,7 @@ from runtime.tracking.handle import RunHandle
 
 from ..support.projects import ONE_NODE, Project, for_kedro, has
 from ..support.servers import CountingProxy
+from .conftest import put_store
 
 CATALOG = """
 "{name}_metric":
@@ -189,15 +192,55 @@ def test_two_runs_in_one_process_are_two_runs(project: Project) -> None:
     assert [run.data.params["x"] for run in project.all_runs()] == ["2", "1"]
 
 
-def test_a_metric_that_mlflow_refuses_ends_the_run_as_failed(project: Project) -> None:
-    project.pipeline(ONE_NODE)
-    project.parameters({"x": 1})
-    project.catalog("y: {type: PACKAGE.runtime.MlflowMetricDataset, key: 'no%name'}")
+def test_a_run_is_in_its_projects_store_beside_a_context_of_another_project(
+    new_project: Callable[..., Project], empty_store: Path
+) -> None:
+    other, project = new_project(), new_project()
+    for made in (other, project):
+        put_store(empty_store, made)
+        made.pipeline(ONE_NODE)
+        made.parameters({"x": 2})
+    bootstrap_project(other.path)
+    with KedroSession.create(project_path=other.path) as session:
+        assert isinstance(session, KedroSession)
+        context = session.load_context()
 
-    with pytest.raises(DatasetError, match="no%name"):
+        project.run()
+
+    assert context.project_path == other.path
+    assert (len(project.all_runs()), other.all_runs()) == (1, [])
+
+
+@pytest.mark.parametrize(
+    "metric",
+    [
+        "{type: PACKAGE.runtime.MlflowMetricDataset, key: 'no%name'}",
+        "{type: PACKAGE.runtime.MlflowMetricsDataset, prefix: 'no%name'}",
+    ],
+)
+def test_a_metric_that_mlflow_refuses_fails_the_run_before_a_node_runs(
+    project: Project, metric: str
+) -> None:
+    project.pipeline(
+        """
+        from pathlib import Path
+        from kedro.pipeline import Node, Pipeline
+
+        def work():
+            Path("has run").touch()
+            return 1
+
+        def create_pipeline():
+            return Pipeline([Node(work, None, "y")])
+        """
+    )
+    project.catalog(f"y: {metric}")
+
+    with pytest.raises(DatasetError, match="MLflow refuses the metric name 'no%name"):
         project.run()
 
     assert project.only_run().info.status == "FAILED"
+    assert not Path("has run").exists()
 
 
 def test_a_dataset_that_cannot_be_made_fails_before_there_is_a_run(project: Project) -> None:

@@ -115,6 +115,31 @@ def test_twenty_nodes_log_all_they_have_to_one_run(
     check_everything(dask_project, dask_project.all_runs(), tmp_path / "artifacts")
 
 
+def test_traces_are_sent_when_their_node_has_ended(dask_project: Project, cluster: Cluster) -> None:
+    dask_project.pipeline(
+        """
+        import mlflow
+        from kedro.pipeline import Node, Pipeline
+
+        @mlflow.trace
+        def trace():
+            return 1
+
+        def create_pipeline():
+            return Pipeline([Node(trace, None, f"traced_{i}", name=f"trace_{i}") for i in range(4)])
+        """
+    )
+
+    ended = dask_project.kedro(*on(cluster, dask_project))
+
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    run = main_of(dask_project.all_runs())
+    traces = dask_project.client.search_traces(
+        locations=[run.info.experiment_id], run_id=run.info.run_id
+    )
+    assert len(traces) == 4
+
+
 @pytest.mark.thorough
 @needs_kedro("1.6")
 def test_the_run_is_the_one_that_the_sequential_runner_makes(

@@ -29,6 +29,7 @@ from mlflow.entities.trace_location import TraceLocation
 from mlflow.store.model_registry import sqlalchemy_store as registry_store
 from mlflow.store.tracking import sqlalchemy_store as tracking_store
 from mlflow.tracing import client as tracing_client
+from mlflow.tracing import provider
 from mlflow.tracking import fluent
 from mlflow.tracking.request_header import registry
 from mlflow.tracking.request_header.abstract_request_header_provider import RequestHeaderProvider
@@ -209,6 +210,24 @@ def test_renew_autologging_threads(monkeypatch: pytest.MonkeyPatch) -> None:
         assert new._max_workers == old._max_workers
         with new:
             assert new.submit(int, "7").result() == 7
+
+
+def test_renew_trace_queue(store: MlflowClient) -> None:
+    check(provider, "_get_trace_exporter")
+    with mlflow.start_span("before"):
+        pass
+    mlflow.flush_trace_async_logging()
+    exporter = provider._get_trace_exporter()
+    check(exporter, "_async_queue")
+    before = exporter._async_queue
+
+    _mlflow.renew_trace_queue()
+    with mlflow.start_span("after"):
+        pass
+    mlflow.flush_trace_async_logging()
+
+    assert exporter._async_queue is not before
+    assert len(store.search_traces(locations=["0"])) == 2
 
 
 def test_use_globals_of(tmp_path: Path) -> None:

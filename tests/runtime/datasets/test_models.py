@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import mlflow
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from kedro.io import DataCatalog, DatasetError, Version
 from kedro.runner import SequentialRunner, ThreadRunner
 from mlflow import MlflowClient
@@ -485,19 +487,63 @@ def test_an_input_example_stands_in_the_catalog(project: Project) -> None:
     assert mlflow.pyfunc.load_model(model.model_uri).predict([{"width": 2.0}]) == pytest.approx([4])
 
 
-@pytest.mark.parametrize(
-    "signature", ["auto", "yes"], ids=["without an example", "that is unknown"]
-)
 def test_a_signature_that_cannot_be_inferred_is_an_error(
-    client: MlflowClient, tmp_path: Path, signature: str
+    client: MlflowClient, tmp_path: Path
 ) -> None:
     for dataset in (
-        tracked(save_args={"signature": signature}),
-        local(tmp_path / "model", save_args={"signature": signature}),
+        tracked(save_args={"signature": "auto"}),
+        local(tmp_path / "model", save_args={"signature": "auto"}),
     ):
         with pytest.raises(DatasetError, match="`signature: auto` needs an input example"):
             dataset.save(line())
     assert client.search_logged_models([client.get_run(run_id()).info.experiment_id]) == []
+
+
+# The same signature as MLflow writes it, and in YAML.
+SIGNATURES: dict[str, dict[str, Any]] = {
+    "JSON": {"inputs": '[{"name": "x", "type": "double"}]', "outputs": '[{"type": "double"}]'},
+    "YAML": {"inputs": [{"name": "x", "type": "double"}], "outputs": [{"type": "double"}]},
+}
+
+
+@pytest.mark.parametrize("signature", SIGNATURES.values(), ids=SIGNATURES.keys())
+def test_a_signature_may_be_written_in_the_catalog(
+    client: MlflowClient, tmp_path: Path, signature: dict[str, Any]
+) -> None:
+    expected = mlflow.models.ModelSignature.from_dict(SIGNATURES["JSON"])
+    dataset = tracked(save_args={"signature": signature})
+    there = local(tmp_path / "model", save_args={"signature": signature})
+
+    for each in (dataset, there):
+        each.save(line())
+
+    described = mlflow.models.get_model_info(str(tmp_path / "model"))
+    assert dataset.model_info
+    assert (dataset.model_info.signature, described.signature) == (expected, expected)
+
+
+@pytest.mark.parametrize(
+    ("signature", "sentence"),
+    [
+        ("yes", "or a mapping of inputs, outputs, params as in MLmodel, got 'yes'"),
+        ({"input": "[]"}, "or a mapping of inputs, outputs, params as in MLmodel, got {'input'"),
+        ({}, "as in MLmodel, got {}"),
+        (
+            {"inputs": [{"name": "x", "type": "doubel"}]},
+            "'doubel'}]}: MlflowException: ",
+        ),
+        ({"inputs": "x, y"}, "got {'inputs': 'x, y'}: JSONDecodeError"),
+        ({"inputs": {"x": "double"}}, "got {'inputs': {'x': 'double'}}: "),
+    ],
+)
+def test_a_signature_that_is_none_is_refused_when_the_dataset_is_made(
+    signature: Any, sentence: str
+) -> None:
+    for make in (tracked, partial(local, "model")):
+        with pytest.raises(DatasetError, match=re.escape(sentence)) as refused:
+            make(save_args={"signature": signature})
+        assert str(refused.value).startswith("`save_args.signature` is `auto`, or")
+        assert "\n" not in str(refused.value)
 
 
 def test_a_model_is_registered_with_an_alias_and_loaded_from_the_registry(
@@ -587,6 +633,32 @@ def test_a_model_is_picked_at_run_time_by_its_run(project: Project) -> None:
         project.run(pipeline_names=["inference"], params={"model_run_id": "gone"})
     with pytest.raises(DatasetError, match=f"{first}.* is for loading only"):
         project.run(pipeline_names=["training"], params={"model_run_id": first})
+
+
+def test_a_model_of_a_run_of_mlflow_2_is_picked_by_its_run(
+    client: MlflowClient, tmp_path: Path
+) -> None:
+    old = client.create_run("0").info.run_id
+    local(tmp_path / "model").save(line(3))
+    file = tmp_path / "model" / "MLmodel"
+    described = yaml.safe_load(file.read_text())
+    for key in ("model_id", "prompts", "is_signature_from_type_hint"):
+        described.pop(key, None)
+    path = "models/a line"
+    of_old = {"artifact_path": path, "run_id": old, "mlflow_version": "2.22.0"}
+    file.write_text(yaml.safe_dump({**described, **of_old}))
+    client.log_artifacts(old, str(tmp_path / "model"), path)
+
+    dataset = tracked(load_args={"run_id": old}, save_args={"artifact_path": path})
+
+    assert dataset.exists()
+    assert slope(dataset.load()) == 3
+    (tmp_path / "copy").mkdir()
+    assert (tmp_path / "copy" / dataset.copy_to(tmp_path / "copy")["filepath"] / "MLmodel").exists()
+    absent = tracked(load_args={"run_id": old}, save_args={"artifact_path": "models"})
+    assert not absent.exists()
+    with pytest.raises(DatasetError, match=f"The run {old} has no model 'models'"):
+        absent.load()
 
 
 def test_a_model_is_picked_at_run_time_by_its_uri(project: Project, tmp_path: Path) -> None:
@@ -837,6 +909,57 @@ def test_wrong_arguments_are_refused(client: MlflowClient) -> None:
         with pytest.raises(DatasetError, match="has no run to use"):
             use()
     assert not tracked().exists()
+
+
+@pytest.mark.parametrize(
+    ("save_args", "sentence"),
+    [
+        ({"name": "a/b"}, "`save_args.name` is a text without / : . % and quotes, got 'a/b'."),
+        (
+            {"artifact_path": "a.b"},
+            "`save_args.artifact_path` is a text without / : . %",
+        ),
+        ({"name": ""}, "`save_args.name` is a text without / : . % and quotes, got ''."),
+        ({"name": 5}, "got 5."),
+        (
+            {"name": "a", "artifact_path": "b"},
+            "exclude each other, got 'a' and 'b'.",
+        ),
+        ({"registered_model_name": ""}, "_model_name` is a text without / and :, got ''."),
+        ({"registered_model_name": "a:b"}, "registered_model_name` is a text without / and :, got"),
+        ({"registered_model_name": "a", "registered_model_alias": "v3"}, "such as `v3`, got 'v3'."),
+        ({"registered_model_name": "a", "registered_model_alias": "a b"}, "has letters, digits, _"),
+    ],
+)
+def test_names_that_mlflow_refuses_are_refused_when_the_dataset_is_made(
+    client: MlflowClient, save_args: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(DatasetError, match=re.escape(sentence)):
+        tracked(save_args=save_args)
+    if "registered_model_alias" not in save_args:  # nodes don't give any
+        with pytest.raises(DatasetError, match=re.escape(sentence)):
+            tracked().save((line(), save_args))
+
+
+def test_names_of_null_are_the_defaults(client: MlflowClient) -> None:
+    nothing = {"name": None, "artifact_path": None, "registered_model_name": None}
+    dataset = tracked(save_args={**nothing, "registered_model_alias": None, "signature": None})
+    dataset.bind(None, None, "a line")
+
+    dataset.save(line())
+
+    assert client.get_logged_model(dataset.model_uri.rpartition("/")[2]).name == "a line"
+
+
+@pytest.mark.parametrize("arguments", [{"model_name": "a/b"}, {"model_name": "a", "alias": "b/c"}])
+def test_names_that_no_registered_model_has_are_refused(arguments: dict[str, Any]) -> None:
+    with pytest.raises(DatasetError, match=r"got '(a/b|b/c)'\."):
+        MlflowModelRegistryDataset(**arguments)
+
+
+def test_a_model_that_cannot_be_saved_is_named_in_the_error(client: MlflowClient) -> None:
+    with pytest.raises(DatasetError, match="can't save a lock as 'old': "):
+        tracked(save_args={"artifact_path": "old"}).save(threading.Lock())
 
 
 DATASETS: dict[str, Callable[[], Any]] = {

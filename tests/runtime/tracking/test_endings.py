@@ -22,7 +22,7 @@ from runtime.tracking.handle import RunHandle
 from runtime.tracking.process import Process, mark, this_process
 
 from ...support.forks import Fork
-from ...support.projects import ONE_NODE, Project
+from ...support.projects import ONE_NODE, Project, needs_kedro
 from ...support.servers import CountingProxy
 
 THOROUGH = pytest.mark.thorough
@@ -50,6 +50,25 @@ def hatch(egg):
 
 def create_pipeline():
     return Pipeline([Node(lay, None, "egg", name="lay"), Node(hatch, "egg", "y", name="hatch")])
+"""
+
+# A validator that says what is wrong as Pandera's does, and a function.
+CHECKS = """
+from kedro.validation import CheckFailure, DataValidationError
+
+class Weights:
+    def validate(self, data):
+        wrong = [weight for weight in data if weight <= 0]
+        if wrong:
+            examples = {"failure_count": len(wrong), "failure_examples": wrong}
+            raise DataValidationError("refused", failures=[
+                CheckFailure("too light", check="greater_than(0)", column="weight", **examples),
+                CheckFailure(f"no order in {data}"),
+            ])
+        return data
+
+def is_penguin(data):
+    assert data == "penguin", "no penguin has hatched"
 """
 
 # `hatch` tells through a named pipe that it runs, with a child run open, and never ends.
@@ -215,6 +234,58 @@ def test_a_failing_node_fails_the_run_and_says_why(
     assert run.data.tags["kedro_error"] == "ValueError: no penguins, only ***"
     traceback = project.client.download_artifacts(run.info.run_id, "traceback.txt")
     assert 'raise ValueError("no penguins, only ***")' in Path(traceback).read_text()
+
+
+@needs_kedro("1.6")
+@pytest.mark.parametrize(
+    ("runner", "start_method"),
+    [*RUNNERS, pytest.param("ThreadRunner", "fork", marks=THOROUGH, id="async")],
+)
+def test_data_that_a_validator_refuses_is_named_with_the_rule_and_without_its_values(
+    project: Project, runner: str, start_method: str, request: pytest.FixtureRequest
+) -> None:
+    project.write(f"src/{project.package}/checks.py", CHECKS)
+    project.pipeline(FAILING.replace("raise ERROR", "return egg"))
+    project.write("data/weights.json", "[12, -7613, -7614]")
+    project.catalog(
+        """
+        egg:
+          type: json.JSONDataset
+          filepath: data/weights.json
+          validator: PACKAGE.checks.Weights
+        """
+    )
+    is_async = ["--async"] if "async" in request.node.name else []
+    words = ["run", f"--runner={runner}", "--nodes=hatch", *is_async]
+
+    ended = project.kedro(*words, KEDRO_MP_CONTEXT=start_method)
+
+    assert ended.returncode == 1
+    run = project.only_run()
+    tags = run.data.tags
+    assert tags["kedro_failed_dataset"] == "egg"
+    assert tags["kedro_failed_rule"] == (
+        f"{project.package}.checks.Weights: weight greater_than(0), schema"
+    )
+    assert "'egg' on load" in tags["kedro_error"]
+    assert "weight: greater_than(0) — 2 cases" in tags["kedro_error"]
+    assert not [name for name, text in tags.items() if "-7613" in text]
+    traceback = project.client.download_artifacts(run.info.run_id, "traceback.txt")
+    assert "-7613" in Path(traceback).read_text()
+
+
+@needs_kedro("1.6")
+def test_an_output_that_a_function_refuses_is_named_with_the_function(project: Project) -> None:
+    project.write(f"src/{project.package}/checks.py", CHECKS)
+    project.pipeline(FAILING.replace("raise ERROR", "return egg"))
+    project.catalog("y: {type: MemoryDataset, validator: PACKAGE.checks.is_penguin}")
+
+    assert project.kedro("run").returncode == 1
+
+    tags = project.only_run().data.tags
+    assert tags["kedro_failed_dataset"] == "y"
+    assert tags["kedro_failed_rule"] == f"{project.package}.checks.is_penguin"
+    assert tags["kedro_error"].endswith("no penguin has hatched")
 
 
 def test_an_error_that_cannot_leave_its_worker_is_told_all_the_same(project: Project) -> None:

@@ -117,6 +117,20 @@ def renew_autologging_threads() -> None:
         setattr(module, name, ThreadPoolExecutor(pool._max_workers))
 
 
+def renew_trace_queue() -> None:
+    """Give the traces of this process a queue of its own.
+
+    In a forked process the threads that empty the queue don't exist, and it may hold traces that
+    the parent sends. Seen in MLflow 3.9 to 3.17.
+    """
+    from mlflow.tracing import provider
+    from mlflow.tracing.export.async_export_queue import AsyncTraceExportQueue
+
+    exporter: Any = provider._get_trace_exporter()
+    if hasattr(exporter, "_async_queue"):
+        exporter._async_queue = AsyncTraceExportQueue()
+
+
 def default_experiment_id() -> str:
     """Return the experiment that `mlflow.start_run()` would use in this process.
 

@@ -30,11 +30,12 @@ from .datasets import outputs
 from .datasets.base import TrackedDataset
 from .datasets.metrics import MetricDataset
 from .datasets.models import MlflowModelTrackingDataset, ModelDataset
+from .datasets.validation import tags_of_refusal
 from .extras import check_hooks
 from .stores import credentials
 from .stores.errors import artifact_error_in
 from .stores.server import Server, lack_of_models
-from .tracking import autologging, params, process, provenance
+from .tracking import autologging, params, process, provenance, traces
 from .tracking.active import active_run_id
 from .tracking.ending import end_abandoned, finish
 from .tracking.handle import RunHandle
@@ -98,9 +99,10 @@ def announcing() -> Iterator[None]:
 
 def _announce(context: KedroContext, key: str) -> None:
     try:
-        config = _config_of(context)
+        config, variables = _config_of(context), read_credentials(context)
         stores.project.register_header_provider(context)
-        config.announce(key, {"MLFLOW_RUN_ID": config.tracking.run.id, **read_credentials(context)})
+        variables = {**traces.variables(), "MLFLOW_RUN_ID": config.tracking.run.id, **variables}
+        config.announce(key, variables)
     except Exception as error:  # the run says it, and a command without a run needs no MLflow
         logger.debug("MLflow isn't pointed at the project yet: %s", error)
     finally:
@@ -301,6 +303,7 @@ class Binding:
             # It belongs to this run. A forkserver has the environment of when it was started.
             credentials.export("worker", self.variables)
             process.follow_parent(self.main_process, self.managers)
+            traces.flush_before_exit()
 
 
 def bind(
@@ -430,6 +433,8 @@ def in_worker(catalog: DataCatalog) -> Iterator[None]:
             if run:
                 run.leave(status="FAILED")  # what an exit has left
             raise
+        finally:
+            traces.flush()
 
 
 def name_datasets(catalog: DataCatalog, config: dict[str, Any]) -> None:
@@ -473,8 +478,11 @@ def report(catalog: DataCatalog, error: BaseException, node: str | None = None) 
         setattr(error, _REPORTED, run.opening)
     hidden, lines = binding.secrets.hide_in, "".join(traceback.format_exception(error))
     cause = artifact_error_in(error) or error
+    tags = {"kedro_error": f"{type(cause).__name__}: {cause}", **tags_of_refusal(error)}
+    if node:
+        tags["kedro_failed_node"] = node
     with _warning_of_failures():
-        run.report_error(hidden(f"{type(cause).__name__}: {cause}"), hidden(lines), node)
+        run.report_error({name: hidden(text) for name, text in tags.items()}, hidden(lines))
 
 
 def fail(catalog: DataCatalog, error: BaseException) -> None:

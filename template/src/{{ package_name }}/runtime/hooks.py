@@ -15,6 +15,7 @@ from kedro.framework.hooks import hook_impl
 
 from . import binding, stores
 from .config.errors import ConfigError
+from .tracking import traces
 from .tracking.ending import end_abandoned, leave_call
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class MlflowHook:
         _offer_config(context)
         binding.use_context(context)
         if shell := _shell():
-            context.mlflow.announce()  # type: ignore[attr-defined]
+            context.mlflow.announce(variables=traces.variables())  # type: ignore[attr-defined]
             if _after_cell not in shell.events.callbacks["post_run_cell"]:
                 shell.events.register("post_run_cell", _after_cell)
             return (yield)

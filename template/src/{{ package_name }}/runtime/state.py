@@ -45,6 +45,9 @@ class ProcessState:
     is_watching_exit: bool = False
     is_clearing_active_runs: bool = False
     is_following_parent: bool = False
+    is_flushing_traces_before_exit: bool = False
+    # The last trace that was sent, or is of the process that this one was forked from.
+    last_trace: str | None = None
 
     def of_forked(self) -> ProcessState:
         """Return the state of a forked worker: an empty one, because the runs are its parent's.

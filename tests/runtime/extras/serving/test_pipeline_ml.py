@@ -355,7 +355,8 @@ WITHOUT_TABLE = "model: {type: json.JSONDataset, filepath: data/model.json}"
         ),
         (CATALOG, {"signature": "automatic"}, "signature: expected auto, a ModelSignature or None"),
         (CATALOG, {"registered_name": "penguins"}, "has no argument 'registered_name'"),
-        (CATALOG, {"name": "a/b"}, "name: MLflow takes no 'a/b'"),
+        (CATALOG, {"name": "a/b"}, "`name` is a text without / : . % and quotes, got 'a/b'"),
+        (CATALOG, {"registered_model_name": "a/b"}, "_model_name` is a text without / and :, got"),
     ],
 )
 def test_what_can_not_be_packed_is_said_before_the_first_node_runs(

@@ -42,7 +42,7 @@ from mlflow.pyfunc.model import PythonModelContext
 from runtime import KedroPipelineModel, pipeline_ml_factory
 from runtime.serving.pipeline_ml import PipelineError
 
-from ....support.projects import Project, copy_of, for_kedro
+from ....support.projects import Project, copy_of, for_kedro, needs_kedro
 from ....support.s3 import S3
 from ....support.servers import counting_proxy, free_port
 
@@ -675,6 +675,117 @@ def test_what_is_wrong_in_a_request_is_said(
 
     with pytest.raises(MlflowException, match=sentence) as refused:
         model.unwrap_python_model().predict(None, 1, params=params)
+
+    assert refused.value.error_code == "INVALID_PARAMETER_VALUE"
+
+
+# The inference has types of its own: the training takes one of its parameters as a dictionary, and
+# one as another type.
+TYPED = """
+from dataclasses import dataclass
+
+from kedro.pipeline import Node, Pipeline
+from pydantic import BaseModel
+
+from PACKAGE.runtime import pipeline_ml_factory
+
+
+class Scale(BaseModel):
+    factor: float
+
+
+@dataclass
+class Shift:
+    offset: float
+
+
+@dataclass
+class Unit:
+    name: str
+
+
+def fit(scale: dict, shift: Unit):
+    return {"weight": scale["factor"]}
+
+
+def predict(new, weights, scale: Scale, shift: Shift | None, unit: Unit, everything):
+    value = new[0] * weights["weight"] * scale.factor + shift.offset
+    kinds = [type(everything[name]).__name__ for name in ("scale", "shift", "plain")]
+    return [" ".join([str(value), unit.name, *kinds])]
+
+
+def training():
+    inputs = ["new", "weights", "params:scale", "params:shift", "params:deep.unit", "parameters"]
+    return pipeline_ml_factory(
+        Pipeline([Node(fit, ["params:scale", "params:other"], "weights")]),
+        Pipeline([Node(predict, inputs, "answer")]),
+        "new",
+        log_model_kwargs={"signature": None, "pip_requirements": []},
+    )
+
+
+def create_pipeline():
+    return training()
+"""
+TYPED_PARAMETERS = {
+    "scale": {"factor": 3},
+    "shift": {"offset": 1.0},
+    "other": {"name": "cm"},
+    "deep": {"unit": {"name": "mm"}},
+    "plain": {"factor": 1},
+}
+
+
+@pytest.fixture
+def typed(project: Project) -> Project:
+    """A project whose inference takes typed parameters."""
+    project.pipeline(TYPED, "training")
+    project.catalog("weights: {type: json.JSONDataset, filepath: data/weights.json}")
+    project.parameters(TYPED_PARAMETERS)
+    return project
+
+
+@needs_kedro("1.3")
+def test_typed_parameters_are_what_the_nodes_of_the_inference_say(typed: Project) -> None:
+    typed.run(pipeline_names=["training"])
+
+    predicted = without_project(
+        typed,
+        folder_of(typed),
+        """
+model = model.unwrap_python_model()
+print(json.dumps([
+    model.predict(None, [2.0], params=params)[0]
+    for params in (
+        {}, {"scale": {"factor": 5}, "runner": "ThreadRunner"}, {"deep.unit": {"name": "km"}}, {}
+    )
+]))
+""",
+    )
+
+    assert predicted == [
+        "19.0 mm Scale Shift dict",
+        "31.0 mm Scale Shift dict",
+        "19.0 km Scale Shift dict",
+        "19.0 mm Scale Shift dict",
+    ]
+
+
+@needs_kedro("1.3")
+def test_a_parameter_that_does_not_fit_its_type_is_said_before_the_training(typed: Project) -> None:
+    with pytest.raises(ClickException, match=r"'shift': .*unexpected .* argument 'of'") as told:
+        typed.run(pipeline_names=["training"], params={"shift": {"of": 1.0}})
+
+    assert "\n" not in str(told.value)
+    assert typed.all_runs() == []
+
+
+@needs_kedro("1.3")
+def test_a_parameter_of_a_request_that_does_not_fit_its_type_is_said(typed: Project) -> None:
+    model = train(typed).unwrap_python_model()
+
+    with pytest.raises(MlflowException, match=r"params: .*'scale'") as refused:
+        model.predict(None, [2.0], params={"scale": {"factor": "much"}})
 
     assert refused.value.error_code == "INVALID_PARAMETER_VALUE"
 

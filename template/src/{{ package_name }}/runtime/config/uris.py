@@ -28,10 +28,12 @@ _SQLITE_FILE = re.compile(r"(?P<scheme>sqlite(\+\w+)?:///)(?P<path>(?!:memory:)[
 
 def uri_of_environment() -> str | None:
     """Return the tracking URI that the user's environment names, not one that was announced."""
-    uri = os.environ.get("MLFLOW_TRACKING_URI")
-    if uri == os.environ.get(ANNOUNCED):
-        return state.current().before_export.get("MLFLOW_TRACKING_URI")
-    return uri
+    # Before this project has announced its own, it may have been another's in this process.
+    for variables in (os.environ, state.current().before_export):
+        uri = variables.get("MLFLOW_TRACKING_URI")
+        if uri != variables.get(ANNOUNCED):
+            return uri
+    return None
 
 
 def anchor_uri(uri: str, project_path: PurePath) -> str:

@@ -240,6 +240,8 @@ class Details:
             "models": self.models,
             "children": [run_as_json(child) for child in self.children],
             "failed_node": tags.get("kedro_failed_node"),
+            "failed_dataset": tags.get("kedro_failed_dataset"),
+            "failed_rule": tags.get("kedro_failed_rule"),
             "error": tags.get("kedro_error"),
         }
 

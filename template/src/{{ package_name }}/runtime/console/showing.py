@@ -104,6 +104,7 @@ def show_details(console: Console, details: Details) -> None:
     run, now = details.run, time.time()
     tags = shown_tags(run)
     error, node = tags.pop("kedro_error", ""), tags.pop("kedro_failed_node", "")
+    refused, rule = tags.pop("kedro_failed_dataset", ""), tags.pop("kedro_failed_rule", "")
     started = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(run.info.start_time / 1000))
     summary = {
         "run": run.info.run_id,
@@ -113,6 +114,8 @@ def show_details(console: Console, details: Details) -> None:
         "duration": _duration(run, now),
         "pipeline": pipeline_of(run) or "-",
         **({"failed in": node} if node else {}),
+        **({"refused": refused} if refused else {}),
+        **({"rule": rule} if rule else {}),
         **({"error": Text(error, style="red")} if error else {}),
     }
     _show_values(console, "", summary)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import logging
 import threading
 from collections.abc import Iterable, Mapping
@@ -22,6 +23,10 @@ from .base import check
 
 if TYPE_CHECKING:
     from mlflow.models.model import ModelInfo
+
+# The signature that MLflow infers from an input example, and the parts of one that is written down.
+_AUTO = "auto"
+_SIGNATURE_PARTS = ("inputs", "outputs", "params")
 
 _WORKFLOWS = ("python_model", "loader_module")
 
@@ -113,7 +118,8 @@ class Flavor:
                 return write(**{str(self.workflow): model}, **arguments)
             return write(model, **arguments)
         except Exception as error:  # as above
-            name, kind = arguments.get("name") or arguments.get("path"), type(model).__name__
+            names = (arguments.get(key) for key in ("name", "artifact_path", "path"))
+            name, kind = next((name for name in names if name), None), type(model).__name__
             raise DatasetError(
                 f"{self.name} can't save a {kind} as {str(name)!r}: {_one_line(error)}"
             ) from error
@@ -140,22 +146,48 @@ def unpack(data: Any, save_args: Mapping[str, Any]) -> tuple[Any, dict[str, Any]
     before those of the catalog. With `signature: auto` MLflow infers it from the input example.
 
     Raises:
-        DatasetError: When there is no input example for it.
+        DatasetError: When there is no input example for it, or the signature is none.
     """
     arguments = dict(save_args)
     if isinstance(data, tuple) and len(data) == 2 and isinstance(data[1], Mapping):
         data, given = data
         arguments.update(given)
-    signature = arguments.get("signature")
-    if isinstance(signature, str):
-        if signature != "auto" or arguments.get("input_example") is None:
-            raise DatasetError(
-                "`signature: auto` needs an input example, in `save_args` or returned by the node "
-                f'as `(model, {{"input_example": data}})`; got the signature {signature!r}'
-                f"{' without one' if signature == 'auto' else ''}."
-            )
-        del arguments["signature"]
+    signature = signature_of(arguments.pop("signature", None))
+    if signature == _AUTO and arguments.get("input_example") is None:
+        raise DatasetError(
+            "`signature: auto` needs an input example, in `save_args` or returned by the node as "
+            '`(model, {"input_example": data})`.'
+        )
+    if signature not in (None, _AUTO):
+        arguments["signature"] = signature
     return data, arguments
+
+
+def signature_of(given: Any) -> Any:
+    """Return the signature of a model, MLflow's object where it is given as a mapping.
+
+    That is what MLflow writes to MLmodel, or the same in YAML instead of JSON.
+
+    Raises:
+        DatasetError: When it is a text other than `auto`, or no mapping that MLflow can read.
+    """
+    if not isinstance(given, str | Mapping) or given == _AUTO:
+        return given
+    rule = f"is `{_AUTO}`, or a mapping of {', '.join(_SIGNATURE_PARTS)} as in MLmodel"
+    written: dict[str, Any] = dict(given) if isinstance(given, Mapping) else {}
+    check(written and set(written) <= set(_SIGNATURE_PARTS), "save_args.signature", rule, given)
+    from mlflow.exceptions import MlflowException
+    from mlflow.models import ModelSignature
+
+    parts = {
+        name: part if isinstance(part, str) else json.dumps(part) for name, part in written.items()
+    }
+    try:
+        return ModelSignature.from_dict(parts)
+    except (MlflowException, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DatasetError(
+            f"`save_args.signature` {rule}, got {given!r}: {_one_line(error)}"
+        ) from error
 
 
 def with_requirements(

@@ -107,6 +107,8 @@ class _OneMetricDataset(MetricDataset):
         """Bind the dataset to a Kedro run; its name is the key when nothing else is."""
         super().bind(*args)
         self.key = self.key or self._name
+        if self._run:
+            _check_name(self.key)
 
     def _required_key(self) -> str:
         return self._required("a `key`", self.key)
@@ -238,6 +240,8 @@ class _ManyMetricsDataset(MetricDataset):
         super().bind(*args)
         if self.prefix is None:
             self.prefix = self._name
+        if self._run:
+            _check_name(self._key("name"))
 
     def _key(self, name: Any) -> str:
         return f"{self.prefix}.{name}" if self.prefix else str(name)

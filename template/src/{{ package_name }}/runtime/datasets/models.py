@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import abstractmethod
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
@@ -15,14 +16,58 @@ from kedro.io.core import get_protocol_and_path
 from ..stores.server import Server, all_results
 from ..tracking.handle import RunHandle
 from .base import ABSENT, TrackedDataset, check, info_of
-from .flavors import Flavor, unpack
+from .files import has_artifact
+from .flavors import Flavor, signature_of, unpack
 
 if TYPE_CHECKING:
     from mlflow.entities import LoggedModel
     from mlflow.models.model import ModelInfo
 
-# Characters that MLflow refuses in the name of a logged model.
-REFUSED_IN_NAME = re.compile(r"[/:.%\"']")
+# Characters that MLflow refuses in the name of a logged model, and in that of a registered one.
+_REFUSED_IN_LOGGED = re.compile(r"[/:.%\"']")
+_REFUSED_IN_REGISTERED = re.compile(r"[/:]")
+
+# An alias that MLflow can give to a version: `latest` and `v3` mean versions already.
+_NEW_ALIAS = re.compile(r"(?!(?:latest|v\d+)$)[\w-]{1,255}", re.IGNORECASE)
+
+
+def check_names(arguments: Mapping[str, Any], group: str = "save_args.") -> None:
+    """Check the names that arguments of `log_model` give a model.
+
+    Args:
+        arguments: The arguments, and perhaps a `registered_model_alias`.
+        group: What stands before their names where the user has written them.
+
+    Raises:
+        DatasetError: When MLflow refuses one, or one is missing beside another.
+    """
+    given = {key: value for key, value in arguments.items() if value is not None}
+    if {"name", "artifact_path"} <= given.keys():
+        raise DatasetError(
+            f"`{group}name` and `{group}artifact_path`, MLflow's earlier word for it, exclude each "
+            f"other, got {given['name']!r} and {given['artifact_path']!r}."
+        )
+    for key in given.keys() & {"name", "artifact_path"}:
+        is_name = _is_name(given[key], _REFUSED_IN_LOGGED)
+        check(is_name, f"{group}{key}", "is a text without / : . % and quotes", given[key])
+    registered = given.get("registered_model_name")
+    if registered is not None:
+        is_name = _is_name(registered, _REFUSED_IN_REGISTERED)
+        rule = "is a text without / and :"
+        check(is_name, f"{group}registered_model_name", rule, registered)
+    alias = given.get("registered_model_alias")
+    rule = "has letters, digits, _ and -, and is neither `latest` nor a version such as `v3`"
+    is_alias = alias is None or (isinstance(alias, str) and _NEW_ALIAS.fullmatch(alias))
+    check(is_alias, f"{group}registered_model_alias", rule, alias)
+    if alias and registered is None:
+        raise DatasetError(
+            "`registered_model_alias` needs a `registered_model_name` beside it, "
+            f"got {alias!r} alone."
+        )
+
+
+def _is_name(given: Any, refused: re.Pattern[str]) -> bool:
+    return isinstance(given, str) and bool(given.strip()) and not refused.search(given)
 
 
 class ModelDataset(TrackedDataset):
@@ -44,6 +89,11 @@ class ModelDataset(TrackedDataset):
         self.load_args = dict(load_args or {})
         self.metadata = metadata
 
+    def bind(self, *args: Any) -> None:
+        """Bind the dataset to a Kedro run, and forget which model it had in an earlier one."""
+        super().bind(*args)
+        self.model_id = None
+
     @property
     @abstractmethod
     def model_uri(self) -> str:
@@ -58,7 +108,7 @@ class ModelDataset(TrackedDataset):
         """Load the model."""
         source = self._source()
         model = self.flavor.load(source, self.load_args)
-        if self._run and not self._is_of_run:
+        if self._run and self.model_id is None:
             self.model_id = _id_of(model, source)
         return model
 
@@ -74,12 +124,12 @@ class ModelDataset(TrackedDataset):
         target, source = folder / "model", self._source()
         target.mkdir()
         try:
-            download_artifacts(source, dst_path=str(target))
+            copied = download_artifacts(source, dst_path=str(target))
         except MlflowException as error:
             raise DatasetError(f"The model {source} can't be fetched: {error.message}") from error
         return {
             "type": MlflowModelLocalFileSystemDataset,
-            "filepath": target.name,
+            "filepath": Path(copied).relative_to(folder).as_posix(),
             "flavor": self.flavor.name,
             "pyfunc_workflow": self.flavor.workflow,
             "load_args": self.load_args,
@@ -138,16 +188,17 @@ class MlflowModelTrackingDataset(ModelDataset):
         flavor: MLflow's module for the kind of model, such as `mlflow.sklearn`.
         pyfunc_workflow: For `mlflow.pyfunc`: `python_model` or `loader_module`.
         load_args: Arguments of the flavor's `load_model`. With a `model_uri` that model is
-            loaded, with a `run_id` the model of this name in that run; with neither, or null,
-            the one last saved in the current run.
+            loaded, with a `run_id` the model of this name in that run, which may be one of MLflow
+            2; with neither, or null, the one last saved in the current run.
         save_args: Arguments of the flavor's `log_model`, such as `registered_model_name`, and
             `registered_model_alias` for the version that it makes. `name` is by default the
-            dataset's name in the catalog. `signature` may be `auto`: an input example is needed.
+            dataset's name in the catalog. `signature` may be `auto`, for which an input example is
+            needed, or `inputs`, `outputs` and `params` as in MLflow's file MLmodel.
         metadata: Kept and not used.
 
     Raises:
         DatasetError: When there is no such flavor or workflow, when both a `model_uri` and a
-            `run_id` are given, or an alias without a `registered_model_name`.
+            `run_id` are given, or MLflow takes no such signature, name or alias.
     """
 
     SHOWN = ("run_id", "save_args", "registered_model_alias")
@@ -169,19 +220,17 @@ class MlflowModelTrackingDataset(ModelDataset):
                 f"got {self._given_uri!r} and {self.run_id!r}."
             )
         self.save_args = dict(save_args or {})
+        if not self._given_uri and not self.run_id:  # MLflow 2 took more names
+            check_names(self.save_args)
+        signature_of(self.save_args.get("signature"))
         self.registered_model_alias = self.save_args.pop("registered_model_alias", None)
-        if self.registered_model_alias and not self.save_args.get("registered_model_name"):
-            raise DatasetError(
-                "`registered_model_alias` needs a `registered_model_name` beside it, "
-                f"got {self.registered_model_alias!r} alone."
-            )
         self.model_info: ModelInfo | None = None
         self._untracked: Any = None
 
     def bind(self, *args: Any) -> None:
         """Bind the dataset to a Kedro run, and forget what it saved in an earlier one."""
         super().bind(*args)
-        self.model_info = self._untracked = self.model_id = None
+        self.model_info = self._untracked = None
 
     def load(self) -> Any:
         """Load the model."""
@@ -198,8 +247,9 @@ class MlflowModelTrackingDataset(ModelDataset):
         if not self._is_tracked:
             self._untracked = model
             return
-        if "artifact_path" not in arguments:  # MLflow's earlier word for `name`
-            arguments.setdefault("name", self._model_name())
+        check_names(arguments)
+        if not arguments.get("artifact_path"):  # MLflow's earlier word for `name`
+            arguments["name"] = arguments.get("name") or self._model_name()
         self.model_info = self._resolve_run().log_model(
             partial(self.flavor.log, model, arguments),
             arguments.get("registered_model_name"),
@@ -216,14 +266,16 @@ class MlflowModelTrackingDataset(ModelDataset):
             return self.model_info.model_uri
         # Another process of this run may have saved it.
         run = self._resolve_run()
-        saved = self._last_saved_in(run)
-        if saved is None:
-            raise DatasetError(
-                f"The run {run.run_id} has no model '{self._model_name()}' yet. Save one first, or "
-                "say in `load_args.model_uri` or `load_args.run_id` which to load."
-            )
-        self.model_id = saved.model_id
-        return saved.model_uri
+        if saved := self._last_saved_in(run):
+            self.model_id = saved.model_id
+            return saved.model_uri
+        name = self._model_name()
+        if self.run_id and has_artifact(run, PurePosixPath(name, "MLmodel")):
+            return f"runs:/{run.run_id}/{name}"  # a model of MLflow 2 is one of the run's artifacts
+        raise DatasetError(
+            f"The run {run.run_id} has no model '{name}' yet. Save one first, or say in "
+            "`load_args.model_uri` or `load_args.run_id` which to load."
+        )
 
     @property
     def _is_of_run(self) -> bool:
@@ -244,7 +296,7 @@ class MlflowModelTrackingDataset(ModelDataset):
 
     def _model_name(self) -> str:
         given = self.save_args.get("name") or self.save_args.get("artifact_path")
-        return str(given or REFUSED_IN_NAME.sub("_", self._name or "model"))
+        return str(given or _REFUSED_IN_LOGGED.sub("_", self._name or "model"))
 
     def _exists(self) -> bool:
         if self._given_uri:
@@ -306,7 +358,7 @@ class MlflowModelRegistryDataset(ModelDataset):
         metadata: Kept and not used.
 
     Raises:
-        DatasetError: When both an alias and a version are given.
+        DatasetError: When both an alias and a version are given, or MLflow has no such names.
     """
 
     SHOWN = ("model_uri",)
@@ -327,6 +379,10 @@ class MlflowModelRegistryDataset(ModelDataset):
                 "`alias` and `stage_or_version` exclude each other, "
                 f"got {alias!r} and {stage_or_version!r}."
             )
+        is_name = _is_name(model_name, _REFUSED_IN_REGISTERED)
+        check(is_name, "model_name", "is a text without / and :", model_name)
+        is_alias = alias is None or re.fullmatch(r"[\w-]+", str(alias))
+        check(is_alias, "alias", "has letters, digits, _ and -", alias)
         self.model_name = model_name
         self.stage_or_version = stage_or_version
         self.alias = alias
@@ -358,14 +414,16 @@ class MlflowModelLocalFileSystemDataset(AbstractVersionedDataset[Any, Any]):
         flavor: MLflow's module for the kind of model, such as `mlflow.sklearn`.
         pyfunc_workflow: For `mlflow.pyfunc`: `python_model` or `loader_module`.
         load_args: Arguments of the flavor's `load_model`.
-        save_args: Arguments of the flavor's `save_model`. `signature` may be `auto`: an input
-            example is needed.
+        save_args: Arguments of the flavor's `save_model`. `signature` may be `auto`, for which an
+            input example is needed, or `inputs`, `outputs` and `params` as in MLflow's file
+            MLmodel.
         log_args: Taken for the sake of catalogs that have it; nothing is logged.
         version: The version to load and to save, as Kedro gives it.
         metadata: Kept and not used.
 
     Raises:
-        DatasetError: When there is no such flavor or workflow, or the path isn't a local one.
+        DatasetError: When there is no such flavor or workflow, MLflow takes no such signature, or
+            the path isn't a local one.
     """
 
     def __init__(
@@ -385,6 +443,7 @@ class MlflowModelLocalFileSystemDataset(AbstractVersionedDataset[Any, Any]):
         self.flavor = Flavor(flavor, pyfunc_workflow)
         self.load_args = dict(load_args or {})
         self.save_args = dict(save_args or {})
+        signature_of(self.save_args.get("signature"))
         self.metadata = metadata
 
     def load(self) -> Any:

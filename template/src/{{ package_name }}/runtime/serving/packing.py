@@ -17,6 +17,7 @@ import cloudpickle  # type: ignore[import-untyped] # comes with MLflow
 import mlflow.pyfunc
 import numpy as np
 import pandas as pd
+from kedro.io import DatasetError
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature, infer_signature
 from mlflow.pyfunc.model import PythonModelContext
@@ -25,7 +26,7 @@ from mlflow.types import Schema
 from .._kedro import uncached
 from ..config.hiding import plain
 from ..datasets.flavors import with_requirements
-from ..datasets.models import REFUSED_IN_NAME
+from ..datasets.models import check_names
 from .pipeline_ml import PipelineError
 from .pipeline_model import KedroPipelineModel, is_in_memory
 from .requirements import INSTALLED, indexes_of, of_project, sources
@@ -68,11 +69,10 @@ def check(
             raise PipelineError(
                 f"log_model_kwargs: MLflow's pyfunc.log_model has no argument {name!r}"
             )
-    if refused := set(REFUSED_IN_NAME.findall(str(arguments.get("name")))):
-        raise PipelineError(
-            f"name: MLflow takes no {arguments['name']!r} as the name of a model, because of "
-            f"{' '.join(sorted(refused))}"
-        )
+    try:
+        check_names(arguments, group="")
+    except DatasetError as error:
+        raise PipelineError(str(error)) from error
     for name, value in model.parameters.items():
         if secrets.hide(plain(value), name) != plain(value):
             raise PipelineError(
@@ -100,7 +100,7 @@ def check(
             "the node read it from the environment."
         )
     signature = arguments.get("signature")
-    if isinstance(signature, str) and signature != "auto":
+    if not (signature in (None, False, "auto") or isinstance(signature, ModelSignature)):
         raise PipelineError(
             f"signature: expected auto, a ModelSignature or None, got {signature!r}"
         )

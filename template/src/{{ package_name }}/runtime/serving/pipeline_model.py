@@ -27,9 +27,15 @@ from mlflow.exceptions import MlflowException
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
 from .._kedro import uncached
+from ..config.hiding import plain
 from . import copies
 from ._kedro import keep_hooks_out, without_confirms
 from .pipeline_ml import PipelineError, PipelineML, check_inference
+
+try:
+    from kedro.validation import ParameterValidationError, ParameterValidator, TypeExtractor
+except ImportError:  # Kedro before 1.3 hands dictionaries to nodes, whatever their type hints say
+    TypeExtractor = None  # type: ignore[assignment, misc]
 
 # How Kedro's MemoryDataset may hand out what it has; None lets it choose by the kind of data.
 _COPY_MODES = ("assign", "copy", "deepcopy", None)
@@ -99,9 +105,15 @@ class KedroPipelineModel(PythonModel):
                     "entry in catalog.yml, so that it is there when the model is made."
                 )
             if is_parameter(name):
-                self.parameters[name] = dataset.load()
+                # The types of the training's nodes are no matter of these nodes.
+                self.parameters[name] = plain(dataset.load())
             else:
                 self._datasets[name] = dataset
+        self._has_types = TypeExtractor is not None and bool(
+            TypeExtractor({"inference": self.pipeline}).extract_types_from_pipelines()
+        )
+        if problem := self._problem_of_types(self.parameters):
+            raise PipelineError(f"The inference pipeline can't take its parameters: {problem}")
 
     @property
     def modules(self) -> set[str]:
@@ -155,7 +167,7 @@ class KedroPipelineModel(PythonModel):
             name: copies.load(source, Path(artifacts[name]))
             for name, source in self._sources.items()
         }
-        self._data = {**self.parameters, **loaded}
+        self._data = {**self._typed(self.parameters), **loaded}
         logging.getLogger("kedro.pipeline.node").addFilter(_is_logged)
 
     def _expect(self, given: Collection[str], reason: str) -> None:
@@ -230,7 +242,32 @@ class KedroPipelineModel(PythonModel):
                 expected = " or ".join(map(repr, self.inference_params))
                 raise _bad_request(f"params: unknown {name!r}, expected {expected}")
             values[dataset] = value
-        return values
+        if problem := self._problem_of_types(values):
+            raise _bad_request(f"params: {problem}")
+        return self._typed(values)
+
+    def _typed(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return parameters of the types that the nodes' hints name, as Kedro hands them to nodes.
+
+        Raises:
+            ParameterValidationError: When a value doesn't fit its type.
+        """
+        if not self._has_types:
+            return dict(values)
+        validate = ParameterValidator({"inference": self.pipeline}).validate_raw_params
+        typed = {}
+        for name, value in values.items():
+            key = name.removeprefix("params:")
+            typed[name] = validate(value) if name == key else validate({key: value})[key]
+        return typed
+
+    def _problem_of_types(self, values: Mapping[str, Any]) -> str | None:
+        """Return in one line which parameters don't fit the types of the nodes."""
+        try:
+            self._typed(values)
+        except ParameterValidationError as error:
+            return " ".join(str(error).split())
+        return None
 
     def _runner_maker(self, name: str | None) -> Callable[[], AbstractRunner]:
         """Return what makes the runner that a request names, or that the model has."""

@@ -22,7 +22,7 @@ from urllib.parse import quote
 from .. import state
 from ..config.uris import is_http, shown_uri, without_login
 from ..stores import credentials
-from . import autologging, process
+from . import autologging, process, traces
 from .handle import RunHandle
 from .outbox import outbox_of
 from .process import Process
@@ -111,6 +111,7 @@ def finish(run: RunHandle, status: str, reason: str | None = None) -> None:
             for call in outbox_of(run).before_end.values():
                 calls.callback(call)
             run.flush()
+        traces.flush()
     except BaseException:
         status = "FAILED"
         raise

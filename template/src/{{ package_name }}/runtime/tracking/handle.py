@@ -170,9 +170,8 @@ class RunHandle:
         calls.pop(key or "", None)
         calls[key or uuid4().hex] = call
 
-    def report_error(self, error: str, traceback: str, node: str | None = None) -> None:
+    def report_error(self, tags: Mapping[str, str], traceback: str) -> None:
         """Log in tags and in the artifact `traceback.txt` why the run fails."""
-        tags = {"kedro_error": error, **({"kedro_failed_node": node} if node else {})}
         self.set_tags(tags)
         self.log_text(traceback, "traceback.txt")
 

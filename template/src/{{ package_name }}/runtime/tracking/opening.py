@@ -23,7 +23,7 @@ from ..stores import credentials
 from ..stores import errors as failures
 from ..stores.embedded import prepare
 from ..stores.server import Server, experiment_id, find_run
-from . import autologging, process
+from . import autologging, process, traces
 from .ending import MARKERS, end_abandoned, end_orphans, finish, watch
 from .handle import RunHandle, fitting_tags, handle_of
 
@@ -71,7 +71,7 @@ def start(
     opening, markers = uuid4().hex, project_path / MARKERS
     given_id = credentials.original("MLFLOW_RUN_ID")
     # MLflow would take up that run where the user's code asks for a child of it.
-    exported: dict[str, str | None] = {**variables, "MLFLOW_RUN_ID": None}
+    exported: dict[str, str | None] = {**traces.variables(), **variables, "MLFLOW_RUN_ID": None}
     if workspace := os.environ.get("MLFLOW_WORKSPACE"):  # for workers on other machines
         exported.setdefault("MLFLOW_WORKSPACE", workspace)
     if shown_uri(server.tracking_uri) != server.tracking_uri:
