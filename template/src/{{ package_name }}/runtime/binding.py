@@ -101,8 +101,8 @@ def _announce(context: KedroContext, key: str) -> None:
     try:
         config, variables = _config_of(context), read_credentials(context)
         stores.project.register_header_provider(context)
-        variables = {**traces.variables(), "MLFLOW_RUN_ID": config.tracking.run.id, **variables}
-        config.announce(key, variables)
+        more = {**traces.variables(), "MLFLOW_RUN_ID": config.tracking.run.id}
+        config.announce(key, {**more, **variables})
     except Exception as error:  # the run says it, and a command without a run needs no MLflow
         logger.debug("MLflow isn't pointed at the project yet: %s", error)
     finally:

@@ -33,8 +33,7 @@ _WORKFLOWS = ("python_model", "loader_module")
 # The arguments of `log_model` with which a user says what a model requires.
 _REQUIREMENTS = ("pip_requirements", "conda_env", "uv_project_path", "uv_groups", "uv_extras")
 
-# The step whose metrics in the run MLflow gives to a model that is logged: one that no metric has,
-# because the run's metrics are of other models too.
+# The step whose metrics in the run MLflow gives to a model that is logged: one that no metric has.
 _NO_STEP = -1
 
 # MLflow notes which environment variables a model reads when it tries the input example, by
@@ -77,9 +76,17 @@ class Flavor:
     def _is_pyfunc(self) -> bool:
         return self.name == "mlflow.pyfunc"
 
-    def log(self, model: Any, arguments: Mapping[str, Any]) -> ModelInfo:
-        """Log a model to MLflow's active run with the arguments of `log_model`."""
-        if "step" in inspect.signature(self._module_with("log_model").log_model).parameters:
+    def log(
+        self, model: Any, arguments: Mapping[str, Any], *, with_metrics: bool = True
+    ) -> ModelInfo:
+        """Log a model to MLflow's active run with the arguments of `log_model`.
+
+        Without `with_metrics` MLflow doesn't give it the metrics that the run has already.
+        """
+        if (
+            not with_metrics
+            and "step" in inspect.signature(self._module_with("log_model").log_model).parameters
+        ):
             arguments = {"step": _NO_STEP, **arguments}
         example = arguments.get("input_example")
         with nullcontext() if example is None else _trying_example:

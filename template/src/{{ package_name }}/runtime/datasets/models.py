@@ -251,7 +251,8 @@ class MlflowModelTrackingDataset(ModelDataset):
         if not arguments.get("artifact_path"):  # MLflow's earlier word for `name`
             arguments["name"] = arguments.get("name") or self._model_name()
         self.model_info = self._resolve_run().log_model(
-            partial(self.flavor.log, model, arguments),
+            # In a Kedro run they are of other nodes, and may be of other models.
+            partial(self.flavor.log, model, arguments, with_metrics=self._run is None),
             arguments.get("registered_model_name"),
             self.registered_model_alias,
         )
