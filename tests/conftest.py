@@ -5,9 +5,11 @@ With `--all` what takes long is tested too.
 
 from __future__ import annotations
 
+import inspect
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import copier
@@ -20,6 +22,10 @@ os.environ.update(DO_NOT_TRACK="1", MLFLOW_DISABLE_TELEMETRY="true")
 for name in list(os.environ):
     if name.startswith(("MLFLOW_TRACKING", "MLFLOW_RUN", "MLFLOW_EXPERIMENT", "KEDRO_")):
         del os.environ[name]
+
+# Dynaconf, which reads the settings of Kedro, asks for the files of all frames. Without context
+# they are the same, and not every line of the stack is looked for in thousands of modules.
+inspect.stack = partial(inspect.stack, context=0)  # type: ignore[assignment]
 
 Generate = Callable[..., Path]
 
