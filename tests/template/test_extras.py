@@ -75,6 +75,12 @@ def test_a_project_has_the_extras_that_it_asked_for_and_their_hooks(
     assert SERVICE & files(project).keys() == (SERVICE if "serving" in extras else set())
 
 
+@pytest.mark.parametrize(
+    "extras",
+    [(), EXTRAS, *(pytest.param((extra,), marks=pytest.mark.thorough) for extra in EXTRAS)],
+    ids=lambda extras: "+".join(extras) or "none",
+    indirect=True,
+)
 @pytest.mark.xdist_group("mypy")  # which has a cache in one process
 def test_linters_and_types_find_nothing_to_change(
     project: Path, tmp_path_factory: pytest.TempPathFactory
