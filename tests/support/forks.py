@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import inspect
 import io
 import json
 import os
@@ -261,6 +262,9 @@ if __name__ == "__main__":
         for name in LIBRARIES:
             with suppress(ImportError):
                 import_module(name)
+        # Whoever asks `inspect` for the module of a frame, as Dynaconf and pydantic do, has it note
+        # the files of all modules first.
+        inspect.getmodule(inspect.currentframe())
         gc.freeze()  # what is never collected needs no copy in each fork
         name = _serve(socket.socket(fileno=int(sys.argv[2])))
         if name == "-c":
