@@ -5,13 +5,13 @@ With `--all` what takes long is tested too.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import inspect
 import os
 import shutil
 import tempfile
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -61,10 +61,11 @@ def of_all_workers(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def once(folder: Path, make: Callable[[Path], object]) -> Path:
     """Make a folder unless this worker or another has made it; gives the folder."""
-    if not folder.exists():
-        new = Path(tempfile.mkdtemp(dir=folder.parent)) / folder.name
-        make(new)
-        with suppress(OSError):  # another was first
+    with folder.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            new = Path(tempfile.mkdtemp(dir=folder.parent)) / folder.name
+            make(new)
             new.rename(folder)
     return folder
 

@@ -482,9 +482,9 @@ def crowded(server: CountingProxy) -> tuple[int, str]:
     client = MlflowClient(server.uri)
     experiment = client.create_experiment(name)
     for number in range(150):
-        parent = client.create_run(experiment, 2 * number, run_name=f"run {number}")
+        parent = client.create_run(experiment, 2 * number + 1, run_name=f"run {number}")
         tags = {"mlflow.parentRunId": parent.info.run_id}
-        client.create_run(experiment, 2 * number + 1, tags, "child")
+        client.create_run(experiment, 2 * number + 2, tags, "child")
     return int(server.uri.rpartition(":")[2]), name
 
 
