@@ -28,7 +28,7 @@ for name in list(os.environ):
 
 # Dynaconf, which reads the settings of Kedro, asks for the files of all frames. Without context
 # they are the same, and not every line of the stack is looked for in thousands of modules.
-inspect.stack = partial(inspect.stack, context=0)  # type: ignore[assignment]
+inspect.stack = partial(inspect.stack, context=0)
 
 Generate = Callable[..., Path]
 

@@ -139,14 +139,10 @@ def s3_behind_the_server(proxying: Served) -> BackEnd:
     return BackEnd(on_a_server(proxying.uri), address=proxying.uri)
 
 
-ALWAYS = {
-    "server_with_password": (),
-    "postgresql": pytest.mark.thorough,
-    "s3_from_the_run": pytest.mark.thorough,
-}
+ALWAYS = ["server_with_password"]
 ALSO = """
-sqlite server server_with_token server_with_tokens_that_expire server_with_own_certificate
-s3_behind_the_server
+sqlite postgresql server server_with_token server_with_tokens_that_expire
+server_with_own_certificate s3_from_the_run s3_behind_the_server
 """.split()
 
 
@@ -191,8 +187,8 @@ def kept(
     file = project.path / "read.json"
     words = [back_end.address or project.tracking_uri, experiment, project.package, str(file)]
     path = os.pathsep.join([str(REPOSITORY), str(project.path / "src")])
-    env = {**os.environ, **MACHINE, **back_end.variables, "PYTHONPATH": path}
-    ended = forks.run("tests.support.reading", words, project.path, env)
+    given = {**os.environ, **MACHINE, **back_end.variables, "PYTHONPATH": path}
+    ended = forks.run("tests.support.reading", words, project.path, given)
     assert ended.returncode == 0, ended.stderr
     return json.loads(file.read_text("utf-8"))
 
@@ -255,10 +251,7 @@ THOROUGH = {"local": EVERY_PIPELINE, "prod": TRAINING}
 @pytest.mark.parametrize(
     ("name", "env", "pipelines"),
     [
-        *(
-            pytest.param(name, "local", TRAINING, id=name, marks=marks)
-            for name, marks in ALWAYS.items()
-        ),
+        *(pytest.param(name, "local", TRAINING, id=name) for name in ALWAYS),
         *(
             pytest.param(
                 name, env, pipelines, id=f"{name}-{env}-thorough", marks=pytest.mark.thorough

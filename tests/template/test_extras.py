@@ -213,9 +213,20 @@ def update(project: Path, version: str = ":current:", **answers: object) -> None
     commit(project)
 
 
-def test_extras_are_switched_on_and_off_again_by_updates(edited: Path) -> None:
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [EXTRAS, ("serving",), ()],
+        pytest.param(
+            [("console",), ("console", "offline"), EXTRAS, ("serving",), ()],
+            marks=pytest.mark.thorough,
+        ),
+    ],
+)
+def test_extras_are_switched_on_and_off_again_by_updates(
+    edited: Path, steps: list[tuple[str, ...]]
+) -> None:
     before = files(edited)
-    steps = [("console",), ("console", "offline"), EXTRAS, ("serving",), ()]
 
     for extras in steps:
         update(edited, extras=list(extras))
