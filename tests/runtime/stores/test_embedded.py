@@ -104,9 +104,8 @@ def thorough(*values: object) -> list[ParameterSet]:
     "name", [ANY_NAME, *thorough("new", "job%2Ffeature", "what?", "a#b c", "100%")]
 )
 def test_a_project_that_was_moved_has_its_earlier_files_and_models_with_it(
-    new_project: Callable[..., Project], tmp_path: Path, name: str
+    project: Project, tmp_path: Path, name: str
 ) -> None:
-    project = new_project()
     fill(project)
     assert project.kedro("run").returncode == 0
     moved = Project(tmp_path / name, project.package, sqlite_uri(tmp_path / name / "mlflow.db"))
@@ -128,10 +127,7 @@ def test_a_project_that_was_moved_has_its_earlier_files_and_models_with_it(
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([name, "working directory"])
 
 
-def test_a_copy_of_a_project_keeps_its_runs_in_itself(
-    new_project: Callable[..., Project], tmp_path: Path
-) -> None:
-    project = new_project()
+def test_a_copy_of_a_project_keeps_its_runs_in_itself(project: Project, tmp_path: Path) -> None:
     fill(project)
     assert project.kedro("run").returncode == 0
     before = sorted((project.path / "mlartifacts").rglob("*")), uris_in(project.path / "mlflow.db")
@@ -149,9 +145,9 @@ def test_a_copy_of_a_project_keeps_its_runs_in_itself(
 
 
 def test_a_place_for_files_that_mlflow_yml_names_is_left_as_it_is(
-    new_project: Callable[..., Project], tmp_path: Path
+    project: Project, tmp_path: Path
 ) -> None:
-    project, shared = new_project(), tmp_path / "shared" / "mlartifacts"
+    shared = tmp_path / "shared" / "mlartifacts"
     fill(project)
     project.mlflow_yml(
         "tracking:\n  experiment:\n    create_experiment_kwargs:\n"
@@ -168,9 +164,8 @@ def test_a_place_for_files_that_mlflow_yml_names_is_left_as_it_is(
 
 
 def test_a_project_that_is_reached_by_another_path_is_not_taken_for_a_copy(
-    new_project: Callable[..., Project], tmp_path: Path
+    project: Project, tmp_path: Path
 ) -> None:
-    project = new_project()
     fill(project)
     assert project.kedro("run").returncode == 0
     link = Project(tmp_path / "link", project.package)
@@ -185,9 +180,8 @@ def test_a_project_that_is_reached_by_another_path_is_not_taken_for_a_copy(
 
 @pytest.mark.parametrize("command", [("mlflow", "runs"), ("mlflow", "doctor", "--fix")])
 def test_commands_that_look_at_a_moved_project_mend_it_too(
-    new_project: Callable[..., Project], tmp_path: Path, command: tuple[str, ...]
+    project: Project, tmp_path: Path, command: tuple[str, ...]
 ) -> None:
-    project = new_project()
     fill(project)
     assert project.kedro("run").returncode == 0
     moved = Project(tmp_path / "moved", project.package)
