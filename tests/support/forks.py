@@ -1,10 +1,8 @@
-"""Run `python -m …` and `-c …` in processes forked from one that has imported MLflow.
+"""Run `python -m …` or `-c …` in a process forked from one that has imported MLflow.
 
-That takes seconds.
-
-A fork is a process of its own, with its environment, folder, output, signals and exit status. What
-it doesn't do as a new process are the first imports of libraries: a test that is about these starts
-a new one.
+The import takes seconds. A fork is a process of its own, with its environment, folder, output,
+signals and exit status. What it doesn't do as a new process are the first imports of libraries: a
+test that is about these starts a new one.
 """
 
 from __future__ import annotations
