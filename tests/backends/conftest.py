@@ -30,7 +30,8 @@ from ..support.work import SECRET
 
 __all__ = ["SECRET", "elsewhere", "empty_store", "new_project", "pattern"]
 
-RUNNERS = [SequentialRunner, ParallelRunner]
+# What a worker process has, the process that starts it has too.
+RUNNERS = [pytest.param(SequentialRunner, marks=pytest.mark.thorough), ParallelRunner]
 
 Reach = Callable[..., Project]
 

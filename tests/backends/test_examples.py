@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +14,7 @@ import pytest
 import yaml
 
 from ..conftest import REPOSITORY
+from ..support import forks
 from ..support.postgres import PASSWORD as POSTGRES_PASSWORD
 from ..support.postgres import Postgres
 from ..support.projects import Project
@@ -140,10 +139,10 @@ def s3_behind_the_server(proxying: Served) -> BackEnd:
     return BackEnd(on_a_server(proxying.uri), address=proxying.uri)
 
 
-ALWAYS = ["postgresql", "server_with_password", "s3_from_the_run"]
+ALWAYS = ["server_with_password"]
 ALSO = """
-sqlite server server_with_token server_with_tokens_that_expire server_with_own_certificate
-s3_behind_the_server
+sqlite postgresql server server_with_token server_with_tokens_that_expire
+server_with_own_certificate s3_from_the_run s3_behind_the_server
 """.split()
 
 
@@ -187,17 +186,10 @@ def kept(
     experiment = project.package + ("-prod" if env == "prod" else "")
     file = project.path / "read.json"
     words = [back_end.address or project.tracking_uri, experiment, project.package, str(file)]
-    subprocess.run(
-        [sys.executable, "-m", "tests.support.reading", *words],
-        cwd=project.path,
-        env={
-            **os.environ,
-            **MACHINE,
-            **back_end.variables,
-            "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(project.path / "src")]),
-        },
-        check=True,
-    )
+    path = os.pathsep.join([str(REPOSITORY), str(project.path / "src")])
+    given = {**os.environ, **MACHINE, **back_end.variables, "PYTHONPATH": path}
+    ended = forks.run("tests.support.reading", words, project.path, given)
+    assert ended.returncode == 0, ended.stderr
     return json.loads(file.read_text("utf-8"))
 
 

@@ -54,9 +54,9 @@ def on_server(project: Project, port: int) -> list[dict[str, object]]:
     ("runner", "start_method"),
     [
         ("SequentialRunner", "fork"),
-        ("ParallelRunner", "spawn"),
+        ("ParallelRunner", "fork"),
         pytest.param("ThreadRunner", "fork", marks=pytest.mark.thorough),
-        pytest.param("ParallelRunner", "fork", marks=pytest.mark.thorough),
+        pytest.param("ParallelRunner", "spawn", marks=pytest.mark.thorough),
         pytest.param("ParallelRunner", "forkserver", marks=pytest.mark.thorough),
     ],
 )

@@ -10,6 +10,7 @@ from pathlib import Path
 import mlflow
 import pytest
 import yaml
+from kedro.runner import ParallelRunner, SequentialRunner
 
 from ..support.projects import Project
 from ..support.servers import counting_proxy, free_port, mlflow_server
@@ -18,7 +19,7 @@ from ..support.work import CATALOG, ENTRY, PASSWORD, TOKEN, USER, WITNESS, check
 from .conftest import RUNNERS, SECRET, Gated, Reach, Served
 
 
-@pytest.mark.parametrize("runner", RUNNERS)
+@pytest.mark.parametrize("runner", [SequentialRunner, ParallelRunner])
 def test_every_value_is_on_the_server(
     on: Reach, plain: Served, runner: type, tmp_path: Path
 ) -> None:

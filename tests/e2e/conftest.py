@@ -58,6 +58,23 @@ def served(command: str, project: Path, port: int) -> Iterator[str]:
         yield f"http://127.0.0.1:{port}"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def bytecode(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep the bytecode of what tests install: to compile MLflow takes longer than most of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPYCACHEPREFIX", str(tmp_path_factory.mktemp("bytecode")))
+        yield
+
+
+@pytest.fixture
+def tmp_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty folder, the same for all tests: only there their bytecode fits."""
+    folder = tmp_path_factory.getbasetemp() / "home"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def shell() -> Shell:
     """Run a command as a user types it; fails with all output when the status isn't as expected."""

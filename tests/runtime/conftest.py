@@ -21,7 +21,7 @@ from mlflow.utils.autologging_utils import AUTOLOGGING_INTEGRATIONS
 from runtime._mlflow import replace_folder
 from runtime.config.uris import sqlite_uri
 
-from ..conftest import EXTRAS
+from ..conftest import EXTRAS, once
 from ..support.projects import PATTERN, Project, copy_of, has, let_pipelines_overlap
 from ..support.s3 import S3, s3_server
 from ..support.servers import CountingProxy, counting_proxy, mlflow_server
@@ -38,11 +38,16 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def empty_store(of_all_workers: Path) -> Path:
     """A SQLite store with its tables, to copy: making one takes seconds."""
-    folder = tmp_path_factory.mktemp("store")
-    SqlAlchemyStore(f"sqlite:///{folder.as_posix()}/mlflow.db", (folder / "mlartifacts").as_uri())
-    return folder / "mlflow.db"
+    folder = of_all_workers / "store"
+
+    def make(new: Path) -> None:
+        new.mkdir()
+        file = new / "mlflow.db"
+        SqlAlchemyStore(f"sqlite:///{file.as_posix()}", (folder / "mlartifacts").as_uri())
+
+    return once(folder, make) / "mlflow.db"
 
 
 @pytest.fixture(scope="session")

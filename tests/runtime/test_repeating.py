@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from ..support import forks
 from ..support.projects import Project, for_kedro, has, needs_kedro
 from .tracking.test_provenance import git
 
@@ -90,7 +91,10 @@ def words_of(command: str) -> list[str]:
             "--nodes=space.one_make,space.one_copy",
             """--params=x=2,y.z=it's "50%" $HOME,w=[1],v=null""",
         ],
-        ["--from-nodes=space.one_copy", "--to-nodes=space.one_copy", "--async"],
+        pytest.param(
+            ["--from-nodes=space.one_copy", "--to-nodes=space.one_copy", "--async"],
+            marks=pytest.mark.thorough,
+        ),
         ["--from-inputs=params:x", "--to-outputs=one_b,two_b", "--namespaces=space"],
         pytest.param(
             ["--tags=late", "--only-missing-outputs", "--runner=ParallelRunner"],
@@ -98,7 +102,7 @@ def words_of(command: str) -> list[str]:
         ),
         pytest.param(
             ["--tags=early", "--runner-params=max_workers=2", "--runner=kedro.runner.ThreadRunner"],
-            marks=needs_kedro("1.6"),
+            marks=[needs_kedro("1.6"), pytest.mark.thorough],
         ),
         [
             "--conf-source=conf",
@@ -317,17 +321,10 @@ with KedroSession.create(conf_source={str(two.path / "conf")!r}) as session:
 """
     (tmp_path / "data").symlink_to(two.path / "data")
 
-    subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        check=True,
-        env={
-            **os.environ,
-            "PYTHONPATH": str(two.path / "src"),
-            "MLFLOW_TRACKING_URI": two.tracking_uri,
-        },
-    )
+    env = {"PYTHONPATH": str(two.path / "src"), "MLFLOW_TRACKING_URI": two.tracking_uri}
+    ended = forks.run("-c", [code], tmp_path, os.environ | env)
 
+    assert ended.returncode == 0, ended.stderr
     tags = two.only_run().data.tags
     assert not [key for key in tags if key.startswith("mlflow.source.git")]
     assert tags["mlflow.source.name"] == two.package

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +15,7 @@ from kedro.runner import AbstractRunner, SequentialRunner, ThreadRunner
 from mlflow.entities import Run
 from mlflow.tracking import fluent
 
+from ..support import forks
 from ..support.projects import Project, has
 from ..support.servers import CountingProxy
 
@@ -285,7 +284,7 @@ THOROUGH = pytest.mark.thorough
         pytest.param("ThreadRunner", "", True, "sqlite", marks=THOROUGH),
         pytest.param("ParallelRunner", "fork", False, "sqlite", marks=THOROUGH),
         ("ParallelRunner", "fork", True, "server"),
-        ("ParallelRunner", "spawn", False, "sqlite"),
+        pytest.param("ParallelRunner", "spawn", False, "sqlite", marks=THOROUGH),
         pytest.param("ParallelRunner", "spawn", True, "sqlite", marks=THOROUGH),
         pytest.param("ParallelRunner", "forkserver", False, "sqlite", marks=THOROUGH),
         pytest.param("ParallelRunner", "forkserver", True, "sqlite", marks=THOROUGH),
@@ -426,13 +425,8 @@ def test_workers_of_a_server_that_was_forked_before_have_the_environment_of_the_
     )
     project.write("start.py", script)
 
-    ended = subprocess.run(
-        [sys.executable, "start.py", "run", "--runner=ParallelRunner"],
-        cwd=project.path,
-        env={**os.environ, "MLFLOW_RUN_ID": given},
-        capture_output=True,
-        text=True,
-    )
+    words = ["run", "--runner=ParallelRunner"]
+    ended = forks.run("start", words, project.path, {**os.environ, "MLFLOW_RUN_ID": given})
 
     assert ended.returncode == 0, ended.stdout + ended.stderr
     main, child = project.client.get_run(given), project.all_runs()[0]

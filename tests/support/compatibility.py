@@ -35,7 +35,11 @@ class Versions:
     @property
     def env(self) -> dict[str, str]:
         """What makes uv take them, in every command."""
-        return {"UV_PYTHON": interpreter(self.python), "UV_RESOLUTION": self.resolution}
+        return {
+            "UV_PYTHON": interpreter(self.python),
+            "UV_RESOLUTION": self.resolution,
+            "PYTHONPYCACHEPREFIX": "",  # in one folder, two versions could be taken for one
+        }
 
     def __str__(self) -> str:
         return f"{self.python}-{self.resolution}"

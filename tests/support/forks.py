@@ -1,14 +1,15 @@
-"""Run `python -m …` in a process forked from one that has imported MLflow, which takes seconds.
+"""Run `python -m …` or `-c …` in a process forked from one that has imported MLflow.
 
-A fork is a process of its own, with its environment, folder, output, signals and exit status. What
-it doesn't do as a new process are the first imports of libraries: a test that is about these starts
-a new one.
+The import takes seconds. A fork is a process of its own, with its environment, folder, output,
+signals and exit status. What it doesn't do as a new process are the first imports of libraries: a
+test that is about these starts a new one.
 """
 
 from __future__ import annotations
 
 import atexit
 import gc
+import inspect
 import io
 import json
 import os
@@ -113,7 +114,7 @@ def start(
     """Start `python -m module words`.
 
     Args:
-        module: The module, or package, to run.
+        module: The module, or package, to run; `-c` for the code that is the first argument.
         words: Its arguments.
         folder: Where it works.
         env: Its environment.
@@ -259,9 +260,16 @@ if __name__ == "__main__":
         for name in LIBRARIES:
             with suppress(ImportError):
                 import_module(name)
+        # Whoever asks `inspect` for the module of a frame, as Dynaconf and pydantic do, has it note
+        # the files of all modules first.
+        inspect.getmodule(inspect.currentframe())
         gc.freeze()  # what is never collected needs no copy in each fork
         name = _serve(socket.socket(fileno=int(sys.argv[2])))
-        runpy.run_module(name, run_name="__main__", alter_sys=True)
+        if name == "-c":
+            sys.argv[:2], code = ["-c"], sys.argv[1]
+            exec(code, {"__name__": "__main__"})
+        else:
+            runpy.run_module(name, run_name="__main__", alter_sys=True)
     else:
         _, _, address, name, *arguments = sys.argv
         fork = _ask(address, name, arguments, Path.cwd(), os.environ, 1, 2)

@@ -75,6 +75,12 @@ def test_a_project_has_the_extras_that_it_asked_for_and_their_hooks(
     assert SERVICE & files(project).keys() == (SERVICE if "serving" in extras else set())
 
 
+@pytest.mark.parametrize(
+    "extras",
+    [(), EXTRAS, *(pytest.param((extra,), marks=pytest.mark.thorough) for extra in EXTRAS)],
+    ids=lambda extras: "+".join(extras) or "none",
+    indirect=True,
+)
 @pytest.mark.xdist_group("mypy")  # which has a cache in one process
 def test_linters_and_types_find_nothing_to_change(
     project: Path, tmp_path_factory: pytest.TempPathFactory
@@ -207,9 +213,20 @@ def update(project: Path, version: str = ":current:", **answers: object) -> None
     commit(project)
 
 
-def test_extras_are_switched_on_and_off_again_by_updates(edited: Path) -> None:
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [EXTRAS, ("serving",), ()],
+        pytest.param(
+            [("console",), ("console", "offline"), EXTRAS, ("serving",), ()],
+            marks=pytest.mark.thorough,
+        ),
+    ],
+)
+def test_extras_are_switched_on_and_off_again_by_updates(
+    edited: Path, steps: list[tuple[str, ...]]
+) -> None:
     before = files(edited)
-    steps = [("console",), ("console", "offline"), EXTRAS, ("serving",), ()]
 
     for extras in steps:
         update(edited, extras=list(extras))

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from ..conftest import Generate
+from ..support import forks
 
 
-@pytest.mark.parametrize("pipeline", ["data_processing", "inference", "training"])
+@pytest.mark.parametrize(
+    "pipeline",
+    [
+        "training",
+        pytest.param("data_processing", marks=pytest.mark.thorough),
+        pytest.param("inference", marks=pytest.mark.thorough),
+    ],
+)
 def test_a_pipeline_of_the_example_is_deleted_with_its_tests(
     generate: Generate, tmp_path: Path, pipeline: str
 ) -> None:
@@ -25,14 +31,8 @@ def test_a_pipeline_of_the_example_is_deleted_with_its_tests(
     assert "error" not in run(project, "pytest", "--collect-only", "--quiet")
 
 
-def run(project: Path, *command: str) -> str:
+def run(project: Path, module: str, *words: str) -> str:
     """Run a module in a project with the packages of the tests; gives what it prints."""
-    done = subprocess.run(
-        [sys.executable, "-m", *command],
-        cwd=project,
-        env={**os.environ, "PYTHONPATH": "src"},
-        capture_output=True,
-        text=True,
-    )
+    done = forks.run(module, words, project, {**os.environ, "PYTHONPATH": "src"})
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

@@ -46,9 +46,14 @@ def generate(repository: Path, folder: Path, *answers: str) -> Path:
 
 
 @pytest.fixture
-def project(repository: Path, tmp_path: Path) -> Path:
+def project(committed: Path, tmp_path: Path) -> Path:
     """A project with neither Docker nor CI, and with edits of its owner."""
-    folder = generate(repository, tmp_path / "penguins")
+    return Path(shutil.copytree(committed, tmp_path / "penguins"))
+
+
+@pytest.fixture(scope="module")
+def committed(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = generate(repository, tmp_path_factory.mktemp("committed") / "penguins")
     git(folder, "init", "--quiet")
     with (folder / "conf/base/mlflow.yml").open("r+", encoding="utf-8") as file:
         text = file.read()
@@ -84,8 +89,8 @@ def with_edits(project: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize(
     ("answers", "added"),
     [
-        (("docker=true",), DOCKER),
-        (("ci=github",), GITHUB),
+        pytest.param(("docker=true",), DOCKER, marks=pytest.mark.thorough),
+        pytest.param(("ci=github",), GITHUB, marks=pytest.mark.thorough),
         (("ci=gitlab",), {".gitlab-ci.yml"}),
         (("docker=true", "ci=github"), {*DOCKER, *GITHUB}),
         (("artifact_store=s3", "artifact_location=s3://runs/penguins"), TESTS),

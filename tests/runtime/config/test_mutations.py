@@ -175,15 +175,28 @@ def stored(project: Project) -> tuple[set[str], dict[str, Run]]:
 
 
 # Without shrinking: an example is short as it is, and a failure ends as soon as a success.
-@settings(
-    max_examples=30,
+FEW = settings(
+    max_examples=8,
     deadline=None,
     derandomize=True,
     database=None,
     phases=[Phase.explicit, Phase.generate],
 )
+MANY = settings(FEW, max_examples=30)
+
+
+@FEW
 @given(text=mutated(), env=st.sampled_from(["base", "local"]))
 def test_a_broken_mlflow_yml_is_told_or_the_run_is_tracked(
+    lab: Project, text: str, env: str
+) -> None:
+    check(lab, text, env)
+
+
+@pytest.mark.thorough
+@MANY
+@given(text=mutated(), env=st.sampled_from(["base", "local"]))
+def test_any_broken_mlflow_yml_is_told_or_the_run_is_tracked(
     lab: Project, text: str, env: str
 ) -> None:
     check(lab, text, env)

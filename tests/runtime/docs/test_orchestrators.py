@@ -111,21 +111,17 @@ def test_the_functions_of_the_guide_make_one_run_of_tasks_in_processes(
 ) -> None:
     experiment = f"functions of {shared.package}"
 
-    def start(call: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, "-c", f"from orchestrate import *\nprint({call})"],
-            cwd=shared.path,
-            env={**os.environ, "MLFLOW_TRACKING_URI": shared.tracking_uri},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+    def start(call: str) -> forks.Fork:
+        code = f"from orchestrate import *\nprint({call})"
+        env = {**os.environ, "MLFLOW_TRACKING_URI": shared.tracking_uri}
+        return forks.start("-c", [code], shared.path, env)
 
-    def end(process: subprocess.Popen[str]) -> str:
+    def end(process: forks.Fork) -> str:
         output, _ = process.communicate()
         assert process.returncode == 0
         return output.splitlines()[-1]
 
-    def nodes(*names: str) -> subprocess.Popen[str]:
+    def nodes(*names: str) -> forks.Fork:
         return start(f"run_nodes({str(shared.path)!r}, {list(names)!r}, {run_id!r})")
 
     run_id = end(start(f"open_run({experiment!r}, 'nightly')"))

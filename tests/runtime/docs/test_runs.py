@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -66,8 +66,9 @@ def test_the_script_of_the_guide_makes_one_run(project: Project) -> None:
     write(project)
     script = f"import mlflow\nmlflow.set_tracking_uri({project.tracking_uri!r})\n{AROUND}"
 
-    subprocess.run([sys.executable, "-c", script], cwd=project.path, check=True)
+    ended = forks.run("-c", [script], project.path, os.environ)
 
+    assert ended.returncode == 0, ended.stderr
     check(project, "nightly", "FINISHED")
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import mlflow
 import pytest
+from _pytest.mark.structures import ParameterSet
 
 from runtime.config.uris import sqlite_file, sqlite_uri
 
@@ -91,11 +92,20 @@ def uris_in(store: Path) -> list[str]:
         return [line for line in connection.iterdump() if "file:" in line]
 
 
-@pytest.mark.parametrize("name", ["new", "job%2Ffeature", "what?", "a#b c", "100%"])
+# What means something in a URI, at once.
+ANY_NAME = "100% a#b c?%2F"
+
+
+def thorough(*values: object) -> list[ParameterSet]:
+    return [pytest.param(value, marks=pytest.mark.thorough) for value in values]
+
+
+@pytest.mark.parametrize(
+    "name", [ANY_NAME, *thorough("new", "job%2Ffeature", "what?", "a#b c", "100%")]
+)
 def test_a_project_that_was_moved_has_its_earlier_files_and_models_with_it(
-    new_project: Callable[..., Project], tmp_path: Path, name: str
+    project: Project, tmp_path: Path, name: str
 ) -> None:
-    project = new_project()
     fill(project)
     assert project.kedro("run").returncode == 0
     moved = Project(tmp_path / name, project.package, sqlite_uri(tmp_path / name / "mlflow.db"))
@@ -117,10 +127,7 @@ def test_a_project_that_was_moved_has_its_earlier_files_and_models_with_it(
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([name, "working directory"])
 
 
-def test_a_copy_of_a_project_keeps_its_runs_in_itself(
-    new_project: Callable[..., Project], tmp_path: Path
-) -> None:
-    project = new_project()
+def test_a_copy_of_a_project_keeps_its_runs_in_itself(project: Project, tmp_path: Path) -> None:
     fill(project)
     assert project.kedro("run").returncode == 0
     before = sorted((project.path / "mlartifacts").rglob("*")), uris_in(project.path / "mlflow.db")
@@ -138,9 +145,9 @@ def test_a_copy_of_a_project_keeps_its_runs_in_itself(
 
 
 def test_a_place_for_files_that_mlflow_yml_names_is_left_as_it_is(
-    new_project: Callable[..., Project], tmp_path: Path
+    project: Project, tmp_path: Path
 ) -> None:
-    project, shared = new_project(), tmp_path / "shared" / "mlartifacts"
+    shared = tmp_path / "shared" / "mlartifacts"
     fill(project)
     project.mlflow_yml(
         "tracking:\n  experiment:\n    create_experiment_kwargs:\n"
@@ -157,9 +164,8 @@ def test_a_place_for_files_that_mlflow_yml_names_is_left_as_it_is(
 
 
 def test_a_project_that_is_reached_by_another_path_is_not_taken_for_a_copy(
-    new_project: Callable[..., Project], tmp_path: Path
+    project: Project, tmp_path: Path
 ) -> None:
-    project = new_project()
     fill(project)
     assert project.kedro("run").returncode == 0
     link = Project(tmp_path / "link", project.package)
@@ -174,9 +180,8 @@ def test_a_project_that_is_reached_by_another_path_is_not_taken_for_a_copy(
 
 @pytest.mark.parametrize("command", [("mlflow", "runs"), ("mlflow", "doctor", "--fix")])
 def test_commands_that_look_at_a_moved_project_mend_it_too(
-    new_project: Callable[..., Project], tmp_path: Path, command: tuple[str, ...]
+    project: Project, tmp_path: Path, command: tuple[str, ...]
 ) -> None:
-    project = new_project()
     fill(project)
     assert project.kedro("run").returncode == 0
     moved = Project(tmp_path / "moved", project.package)
@@ -201,7 +206,7 @@ def test_a_path_is_the_same_after_it_was_a_uri(tmp_path: Path, name: str) -> Non
     assert sqlite_file(sqlite_uri(file)) == file
 
 
-@pytest.mark.parametrize("name", ["job%2Ffeature", "what?", "a#b"])
+@pytest.mark.parametrize("name", [ANY_NAME, *thorough("job%2Ffeature", "what?", "a#b")])
 def test_a_folder_with_any_name_has_a_project_that_runs(
     new_project: Callable[..., Project], tmp_path: Path, name: str
 ) -> None:
@@ -235,10 +240,10 @@ def test_a_store_that_cannot_be_made_is_told_at_once(project: Project) -> None:
     assert "Traceback" not in said
 
 
-def older(project: Project) -> Path:
-    """Give a project the store of an older MLflow, with a run in it."""
-    file = project.path / "mlflow.db"
-    file.unlink(missing_ok=True)
+@pytest.fixture(scope="module")
+def older_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of an older MLflow, to copy."""
+    file = tmp_path_factory.mktemp("older") / "mlflow.db"
     code = (
         "from alembic import command; from mlflow.store.db import utils;"
         "from mlflow.store.db.base_sql_model import Base;"
@@ -250,6 +255,12 @@ def older(project: Project) -> Path:
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
     return file
+
+
+@pytest.fixture
+def older(older_store: Path, project: Project) -> Path:
+    """The project's store, which is that of an older MLflow."""
+    return Path(shutil.copy(older_store, project.path / "mlflow.db"))
 
 
 def version_of(file: Path) -> str:
@@ -264,29 +275,27 @@ def git_ignores(project: Project, name: str) -> bool:
     return any(fnmatch(f"/{name}", f"/{pattern.lstrip('/')}") for pattern in patterns)
 
 
-@pytest.mark.parametrize("words", [("run",), ("mlflow", "runs")])
+@pytest.mark.parametrize("words", [("run",), *thorough(("mlflow", "runs"))])
 def test_a_projects_own_store_of_an_older_mlflow_is_migrated_after_a_copy(
-    project: Project, words: tuple[str, ...]
+    project: Project, empty_store: Path, older: Path, words: tuple[str, ...]
 ) -> None:
     fill(project)
-    newest = version_of(project.path / "mlflow.db")
-    file = older(project)
-    assert version_of(file) == OLDER
+    newest = version_of(empty_store)
+    assert version_of(older) == OLDER
 
     ended = project.kedro(*words)
 
     said = " ".join((ended.stdout + ended.stderr).split())
     assert ended.returncode == 0, said
-    assert version_of(file) == newest
+    assert version_of(older) == newest
     (copy,) = project.path.glob("mlflow.db.before-*")
     assert version_of(copy) == OLDER
     assert copy.name in said
     assert git_ignores(project, copy.name)
 
 
-def test_two_runs_that_start_at_once_migrate_a_store_once(project: Project) -> None:
+def test_two_runs_that_start_at_once_migrate_a_store_once(project: Project, older: Path) -> None:
     fill(project)
-    file = older(project)
 
     one, two = project.start("run"), project.start("run")
     said = [one.communicate()[0], two.communicate()[0]]
@@ -294,27 +303,28 @@ def test_two_runs_that_start_at_once_migrate_a_store_once(project: Project) -> N
     assert [one.returncode, two.returncode] == [0, 0], said
     assert len(project.all_runs()) == 2
     assert sum("mlflow.db.before" in text for text in said) == 1
-    assert version_of(file) != OLDER
+    assert version_of(older) != OLDER
 
 
-def test_the_doctor_tells_of_an_older_store_and_migrates_it_when_asked_to(project: Project) -> None:
+def test_the_doctor_tells_of_an_older_store_and_migrates_it_when_asked_to(
+    project: Project, older: Path
+) -> None:
     fill(project)
-    file = older(project)
 
     told = project.kedro("mlflow", "doctor")
 
     assert told.returncode == 1
     assert "the next run migrates them" in " ".join(told.stdout.split())
-    assert version_of(file) == OLDER
+    assert version_of(older) == OLDER
     assert project.kedro("mlflow", "doctor", "--fix").returncode == 0
-    assert version_of(file) != OLDER
+    assert version_of(older) != OLDER
 
 
 def test_somebody_elses_store_of_an_older_mlflow_is_left_and_told(
-    project: Project, tmp_path: Path
+    project: Project, older: Path, tmp_path: Path
 ) -> None:
     fill(project)
-    older(project).rename(tmp_path / "team.db")
+    older.rename(tmp_path / "team.db")
     uri = f"sqlite:///{(tmp_path / 'team.db').as_posix()}"
     project.mlflow_yml(f"server:\n  mlflow_tracking_uri: {uri}\n")
     before = (tmp_path / "team.db").read_bytes()
@@ -362,7 +372,7 @@ def test_a_store_that_another_program_has_locked_is_told_as_locked(project: Proj
     assert "Traceback" not in said
 
 
-@pytest.mark.parametrize("words", [("run",), ("mlflow", "runs"), ("mlflow", "ui")])
+@pytest.mark.parametrize("words", [("run",), *thorough(("mlflow", "runs"), ("mlflow", "ui"))])
 def test_an_environment_that_mlflow_cannot_work_in_is_told(
     project: Project, tmp_path: Path, words: tuple[str, ...]
 ) -> None:

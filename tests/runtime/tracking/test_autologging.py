@@ -129,9 +129,9 @@ THOROUGH = pytest.mark.thorough
 @pytest.mark.parametrize(
     ("words", "start_method", "pipeline"),
     [
-        ("--runner=SequentialRunner", "fork", PIPELINE),
+        pytest.param("--runner=SequentialRunner", "fork", PIPELINE, marks=THOROUGH),
         pytest.param("--runner=SequentialRunner --async", "fork", PIPELINE, marks=THOROUGH),
-        ("--runner=ThreadRunner", "fork", IN_TURN),
+        pytest.param("--runner=ThreadRunner", "fork", IN_TURN, marks=THOROUGH),
         pytest.param("--runner=ParallelRunner", "fork", PIPELINE, marks=THOROUGH),
         ("--runner=ParallelRunner --async", "fork", PIPELINE),
         pytest.param("--runner=ParallelRunner", "spawn", PIPELINE, marks=THOROUGH),

@@ -30,8 +30,8 @@ THOROUGH = pytest.mark.thorough
 RUNNERS = [
     ("SequentialRunner", "fork"),
     pytest.param("ThreadRunner", "fork", marks=THOROUGH),
-    pytest.param("ParallelRunner", "fork", marks=THOROUGH),
-    ("ParallelRunner", "spawn"),
+    ("ParallelRunner", "fork"),
+    pytest.param("ParallelRunner", "spawn", marks=THOROUGH),
     pytest.param("ParallelRunner", "forkserver", marks=THOROUGH),
 ]
 

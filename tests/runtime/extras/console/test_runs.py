@@ -10,19 +10,20 @@ import re
 import shutil
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 
 from ....support import forks
 from ....support.commands import Command, mlflow_command
 from ....support.projects import ONE_NODE, Project, has
-from ....support.servers import CountingProxy, counting_proxy, free_port, mlflow_server
+from ....support.servers import CountingProxy, counting_proxy, free_port
 from ...tracking.test_endings import FAILING
 
 __all__ = ["mlflow_command"]
@@ -494,15 +495,16 @@ def test_without_runs_there_is_a_sentence_and_nothing_is_made(
 
 
 @pytest.fixture(scope="module")
-def crowded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, str]]:
-    """The port of a server with 300 runs of one experiment, half of them child runs."""
-    folder = tmp_path_factory.mktemp("crowded")
-    with mlflow_server(folder) as port:
-        project = Project(folder, "crowd", f"http://127.0.0.1:{port}")
-        for number in range(150):
-            parent = log(project, f"run {number}", metrics={"rmse": number})
-            log(project, "child", tags={"mlflow.parentRunId": parent})
-        yield port, project.package
+def crowded(server: CountingProxy) -> tuple[int, str]:
+    """The port of a server, and an experiment on it with 300 runs, half of them child runs."""
+    name = f"crowd of {os.getpid()}"
+    client = MlflowClient(server.uri)
+    experiment = client.create_experiment(name)
+    for number in range(150):
+        parent = client.create_run(experiment, 2 * number + 1, run_name=f"run {number}")
+        tags = {"mlflow.parentRunId": parent.info.run_id}
+        client.create_run(experiment, 2 * number + 2, tags, "child")
+    return int(server.uri.rpartition(":")[2]), name
 
 
 def on_server(project: Project, proxy: CountingProxy, experiment: str) -> None:

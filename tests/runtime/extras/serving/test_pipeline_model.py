@@ -42,6 +42,7 @@ from mlflow.pyfunc.model import PythonModelContext
 from runtime import KedroPipelineModel, pipeline_ml_factory
 from runtime.serving.pipeline_ml import PipelineError
 
+from ....support import forks
 from ....support.projects import Project, copy_of, for_kedro, needs_kedro
 from ....support.s3 import S3
 from ....support.servers import counting_proxy, free_port
@@ -475,11 +476,9 @@ def everything(
     database = f"sqlite:///{project.path.as_posix()}/customers.db"
     credentials = {"s3": {**s3.credentials, **keys}, "database": {"con": database}}
     project.write("conf/local/credentials.yml", json.dumps(credentials))
-    subprocess.run(
-        [sys.executable, "-c", for_kedro(RUN_BOTH), project.path, project.tracking_uri, package],
-        cwd=project.path,
-        check=True,
-    )
+    words = [for_kedro(RUN_BOTH), str(project.path), project.tracking_uri, package]
+    trained = forks.run("-c", words, project.path, os.environ)
+    assert trained.returncode == 0, trained.stderr
     folder = folder_of(project)
     found = [path for path in folder.rglob("*") if path.is_file()]
     files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
