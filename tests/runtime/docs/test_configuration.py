@@ -20,6 +20,7 @@ from mlflow.entities import Run
 from mlflow.tracking.request_header.registry import (
     _request_header_provider_registry as header_providers,
 )
+from mlflow.utils.autologging_utils import AUTOLOGGING_INTEGRATIONS
 from pydantic import BaseModel
 
 from runtime.config.keys import MlflowConfig
@@ -431,6 +432,7 @@ def test_libraries_log_what_they_fit_when_it_is_wanted(section: Section) -> None
         project.run(pipeline_names=["fitting"])
     finally:
         mlflow.sklearn.autolog(disable=True)
+        AUTOLOGGING_INTEGRATIONS["sklearn"].clear()
     third = newest(project, {first.info.run_id, second.info.run_id})
     assert "fit_intercept" in third.data.params
 

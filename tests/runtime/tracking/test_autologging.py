@@ -367,6 +367,21 @@ def test_what_the_user_switched_on_stays_where_mlflow_yml_does_not_name_it(
         assert AUTOLOGGING_INTEGRATIONS["sklearn"] == before
     finally:
         mlflow.sklearn.autolog(disable=True)
+        AUTOLOGGING_INTEGRATIONS["sklearn"].clear()
+
+
+def test_a_flavor_of_mlflow_yml_keeps_nobody_from_switching_all_on_afterwards(
+    project: Project,
+) -> None:
+    project.pipeline(FIT)
+    project.mlflow_yml("tracking: {autolog: {sklearn: {log_models: false}}}")
+    project.run()
+
+    mlflow.autolog(log_models=False, silent=True)
+    try:
+        assert is_on("sklearn")
+    finally:
+        mlflow.autolog(disable=True)
 
 
 def test_a_library_comes_without_its_flavor_where_nothing_is_on(project: Project) -> None:

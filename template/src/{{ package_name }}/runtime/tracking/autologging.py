@@ -46,7 +46,16 @@ def switch_off() -> None:
     held = state.current()
     with held.lock:
         while held.autologging:
-            import_module(f"mlflow.{held.autologging.popitem()[0]}").autolog(disable=True)
+            _call_off(held.autologging.popitem()[0])
+
+
+def _call_off(name: str) -> None:
+    from mlflow.utils.autologging_utils import AUTOLOGGING_INTEGRATIONS
+
+    autolog = import_module(f"mlflow.{name}").autolog
+    autolog(disable=True)
+    # Or MLflow takes it for the user's will, and `mlflow.autolog()` would leave the flavor off.
+    AUTOLOGGING_INTEGRATIONS.get(getattr(autolog, "integration_name", name), {}).clear()
 
 
 def keep_quiet() -> None:
