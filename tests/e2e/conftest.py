@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from runtime import _mlflow
+
 from ..conftest import REPOSITORY
 from ..support.servers import running
 
@@ -71,6 +73,8 @@ def tmp_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An empty folder, the same for all tests: only there their bytecode fits."""
     folder = tmp_path_factory.getbasetemp() / "home"
     shutil.rmtree(folder, ignore_errors=True)
+    for engine in _mlflow.engines():  # of stores that an earlier test had there
+        engine.dispose()
     folder.mkdir()
     return folder
 

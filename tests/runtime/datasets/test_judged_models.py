@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
+import mlflow
 import pytest
 from kedro.io import DatasetError
 from kedro.runner import SequentialRunner, ThreadRunner
+from mlflow import MlflowClient
+from sklearn.linear_model import LinearRegression
 
 from ...support.projects import Project
 from ...support.servers import CountingProxy
@@ -131,6 +135,37 @@ def test_metrics_belong_to_a_model_that_is_loaded_from_anywhere(project: Project
 
     (metrics,) = metrics_of_models(project).values()
     assert {"train_score", "own", *(f"accuracy{number}" for number in range(4))} <= metrics
+
+
+def test_metrics_of_a_model_of_another_store_are_logged_without_it(
+    project: Project, tmp_path: Path
+) -> None:
+    elsewhere = MlflowClient(f"sqlite:///{tmp_path.as_posix()}/other.db")
+    experiment = elsewhere.create_experiment("other", (tmp_path / "files").as_uri())
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path.as_posix()}/other.db")
+    with mlflow.start_run(experiment_id=experiment):
+        model = mlflow.sklearn.log_model(
+            LinearRegression().fit([[0], [1]], [1, 3]),
+            name="other",
+            pip_requirements=["scikit-learn"],
+        )
+    mlflow.set_tracking_uri(None)  # type: ignore[arg-type]
+    folder = elsewhere.get_logged_model(model.model_id).artifact_location
+    project.pipeline(PIPELINE)
+    project.parameters({"x": 1})
+    project.catalog(f"""
+    accuracy: {{type: PACKAGE.runtime.MlflowMetricDataset}}
+    first:
+      type: PACKAGE.runtime.MlflowModelTrackingDataset
+      flavor: mlflow.sklearn
+      load_args: {{model_uri: "{folder}"}}
+    """)
+
+    project.run(node_names=["judge"])
+
+    run = next(run for run in project.all_runs() if "mlflow.parentRunId" not in run.data.tags)
+    assert run.data.metrics == {"accuracy": 0.75, "own": pytest.approx(5), "own2": 2.0}
+    assert metrics_of_models(project) == {}
 
 
 def test_the_model_of_a_metric_costs_no_request(

@@ -99,13 +99,14 @@ class Sources:
     def files(self) -> list[str]:
         """Return the paths of the files, those of the run's environment first."""
         loader, (file_system, folder, _) = self._loader, self._folder
+        ignores_hidden = getattr(loader, "ignore_hidden", True)  # Kedro 1.0 has no choice
         files = [
             file
             for env in (loader.env or loader.default_run_env, loader.base_env)
             for pattern in loader.config_patterns["mlflow"]
             for file in sorted(file_system.glob(f"{folder}/{env}/{pattern}"))
             if file.endswith((".yml", ".yaml"))
-            and not (loader.ignore_hidden and "/." in file.removeprefix(folder))
+            and not (ignores_hidden and "/." in file.removeprefix(folder))
         ]
         return list(dict.fromkeys(files))
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from kedro.io import AbstractVersionedDataset, DatasetError, Version
 from kedro.io.core import get_protocol_and_path
 
+from ..config.uris import local_path
 from ..stores.server import Server, all_results
 from ..tracking.handle import RunHandle
 from .base import ABSENT, TrackedDataset, check, info_of
@@ -109,7 +110,7 @@ class ModelDataset(TrackedDataset):
         source = self._source()
         model = self.flavor.load(source, self.load_args)
         if self._run and self.model_id is None:
-            self.model_id = _id_of(model, source)
+            self.model_id = _id_of(model, source, self._run.server)
         return model
 
     def copy_to(self, folder: Path) -> dict[str, Any]:
@@ -268,7 +269,8 @@ class MlflowModelTrackingDataset(ModelDataset):
         # Another process of this run may have saved it.
         run = self._resolve_run()
         if saved := self._last_saved_in(run):
-            self.model_id = saved.model_id
+            if self._run and run.server == self._run.server:
+                self.model_id = saved.model_id
             return saved.model_uri
         name = self._model_name()
         if self.run_id and has_artifact(run, PurePosixPath(name, "MLmodel")):
@@ -315,14 +317,27 @@ class MlflowModelTrackingDataset(ModelDataset):
         return {**super()._describe(), "model_uri": known}
 
 
-def _id_of(model: Any, source: str) -> str | None:
-    """Return MLflow's id of a model that was loaded; None where MLflow 2 has logged it."""
+def _id_of(model: Any, source: str, server: Server) -> str | None:
+    """Return the id of a model that was loaded, when it is one of a server's; else None.
+
+    MLflow 2 gave models no id, and a copy in a folder or on another server has the id of the
+    original, which metrics can't name: a database refuses them then.
+    """
+    from mlflow.exceptions import MlflowException
     from mlflow.models import Model
 
     description = getattr(model, "metadata", None)  # of mlflow.pyfunc
     if not isinstance(description, Model):
-        description = Model.load(source)
-    return str(description.model_id) if description.model_id else None
+        # Seen in MLflow 3.17: it looks for a `file:` URI as if it was a path.
+        description = Model.load(local_path(source) if source.startswith("file:") else source)
+    if not description.model_id:
+        return None
+    try:
+        return str(server.client.get_logged_model(description.model_id).model_id)
+    except MlflowException as error:
+        if error.error_code not in (*ABSENT, "ENDPOINT_NOT_FOUND"):
+            raise
+        return None
 
 
 def _download(server: Server, uri: str) -> str:
