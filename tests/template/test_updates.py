@@ -111,7 +111,7 @@ def choose_case(chosen: random.Random, versions: Versions) -> Case:
         "scale_out": ["none", "dask"],
         "description": ["The first.", "The second."],
     }
-    if old in ("v0.1.0", "v0.2.0"):
+    if "databricks" not in git(versions.repository, "show", f"{old}:copier.yml"):
         choices["tracking_backend"].remove("databricks")
     answers = {name: chosen.choice(of) for name, of in choices.items()}
     answers["example"] = chosen.choice([False, True])
