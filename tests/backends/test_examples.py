@@ -283,8 +283,9 @@ def test_the_example_leaves_with_the_services_of_docker_what_it_leaves_in_sqlite
     project = example(docker=True, artifact_store="s3")
     config = project.path / "conf/docker/mlflow.yml"
     text = config.read_text("utf-8")
-    assert "http://127.0.0.1:5050" in text
-    config.write_text(text.replace("http://127.0.0.1:5050", proxying.uri), "utf-8")
+    address = "http://127.0.0.1:${oc.env:MLFLOW_PORT, 5050}"
+    assert address in text
+    config.write_text(text.replace(address, proxying.uri), "utf-8")
 
     found = kept(project, BackEnd({}, address=proxying.uri), EVERY_PIPELINE, "docker")
 
