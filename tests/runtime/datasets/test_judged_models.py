@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import click
 import mlflow
 import pytest
-from kedro.io import DatasetError
 from kedro.runner import SequentialRunner, ThreadRunner
 from mlflow import MlflowClient
 from sklearn.linear_model import LinearRegression
@@ -191,9 +191,9 @@ def test_a_model_that_the_node_does_not_have_is_told_before_there_is_a_run(
     project.catalog(CATALOG.replace("model: second", "model: third"))
 
     with pytest.raises(
-        DatasetError,
-        match=r"`model` of 'of_second' is a model that its node takes or makes \(first, second\), "
-        "got 'third'",
+        click.ClickException,
+        match=r"^catalog: of_second: model: expected a model that its node takes or makes "
+        r"\(first, second\), got 'third'$",
     ):
         project.run()
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 from uuid import uuid4
 
 from kedro.framework import project
-from kedro.io import DatasetError, MemoryDataset
+from kedro.io import MemoryDataset
 
 from . import _kedro, stores
 from .config.errors import ConfigError, SettingError
@@ -184,7 +184,7 @@ def open_run(
 
     Raises:
         ConfigError: When a parameter is too long and `long_params_strategy` is `fail`, a setting
-            names what isn't there, or a hook of an extra is missing.
+            names what isn't there, a hook of an extra is missing, or metrics name a wrong model.
     """
     config = _config_of(context)
     # One that can't be made fails here, before there is a run.
@@ -361,7 +361,7 @@ def _join_models_and_metrics(pipeline: Pipeline, datasets: Mapping[str, Any]) ->
     """Let the datasets of metrics know the models that the same node takes or makes.
 
     Raises:
-        DatasetError: When one names as its model what is none of them.
+        ConfigError: When one names as its model what is none of them.
     """
     for node in pipeline.nodes:
         models = {
@@ -374,9 +374,9 @@ def _join_models_and_metrics(pipeline: Pipeline, datasets: Mapping[str, Any]) ->
             if not isinstance(dataset, MetricDataset):
                 continue
             if dataset.model not in (None, *models):
-                raise DatasetError(
-                    f"`model` of {name!r} is a model that its node takes or makes "
-                    f"({', '.join(models) or 'there is none'}), got {dataset.model!r}."
+                raise ConfigError(
+                    f"catalog: {name}: model: expected a model that its node takes or makes "
+                    f"({', '.join(models) or 'there is none'}), got {dataset.model!r}"
                 )
             dataset.models = [m for n, m in models.items() if dataset.model in (None, n)]
 
